@@ -121,8 +121,8 @@ def gather_problems(config: Any, where: str = "") -> list[str]:
     Types are checked here; `problems(self) -> list[str]` of each config, pure and raising nothing, says the rest. It is
     only asked once its own types are right.
     """
+    assert is_dataclass(config), f"{type(config).__name__} must be a dataclass"
     cls: Any = type(config)
-    assert is_dataclass(cls), f"{cls.__name__} must be a dataclass"
     prefix = f"{where}." if where else ""
     found: list[str] = []
     for name, hint in type_hints(cls).items():
