@@ -1,0 +1,168 @@
+"""The processes of one run: who I am, and the few collectives that stages need, watched so that a hang names itself."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from posttrain.engine.launch import Launch, prepare_environment, read_launch
+
+T = TypeVar("T")
+
+HANG_MINUTES = 30.0
+
+
+class Watchdog:
+    """Ends the process when one phase takes longer than `minutes`, naming the rank and the phase and showing every thread's stack.
+
+    A rank that waits for ever in a collective can't be interrupted from Python, so the process leaves at once; the
+    launcher then ends the other ranks.
+    """
+
+    def __init__(self, rank: int, minutes: float) -> None:
+        self.rank = rank
+        self.seconds = minutes * 60
+        self._phases: list[tuple[str, float]] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._phases.append((name, time.monotonic()))
+        try:
+            yield
+        finally:
+            self._phases.pop()
+
+    def close(self) -> None:
+        self._stop.set()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(1.0, self.seconds / 4)):
+            phases = list(self._phases)
+            if phases and time.monotonic() - phases[-1][1] > self.seconds:
+                where = " > ".join(name for name, _ in phases)
+                print(f"rank {self.rank} has waited {self.seconds:.0f} s in: {where}; the run ends here", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(70)
+
+
+@dataclass(eq=False)
+class World:
+    """The ranks of this run. Every method that communicates must be called by every rank, in the same order.
+
+    `backend` is "single", "ddp" or "zero"; `zero_stage` is 0 unless it is "zero".
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    backend: str = "single"
+    zero_stage: int = 0
+    launch: Launch = field(default_factory=Launch)
+    hang_minutes: float = HANG_MINUTES
+
+    def __post_init__(self) -> None:
+        self._watchdog = Watchdog(self.rank, self.hang_minutes)
+
+    @classmethod
+    def from_launch(cls, hang_minutes: float = HANG_MINUTES) -> World:
+        """Join the process group that the launcher prepared; one process when there is none. Raises ValueError on launch settings
+        that posttrain can't honour."""
+        prepare_environment()
+        launch = read_launch()
+        from accelerate import PartialState
+
+        # gloo has to be asked for by name: with use_cpu set, Accelerate would leave DeepSpeed out without a word
+        kwargs: dict[str, Any] = {"timeout": timedelta(minutes=hang_minutes + 1)} if launch.backend != "single" else {}
+        if launch.backend != "single" and not torch.cuda.is_available():
+            kwargs["backend"] = "gloo"
+        state = PartialState(cpu=launch.use_cpu, **kwargs)
+        if launch.backend == "zero" and state.num_processes == 1 and state.device.type == "cpu":
+            raise ValueError("DeepSpeed on a CPU needs two processes or more, not num_processes=1; accelerate_configs/cpu.yaml works")
+        return cls(
+            rank=state.process_index,
+            size=state.num_processes,
+            device=state.device,
+            backend=launch.backend,
+            zero_stage=launch.zero_stage,
+            launch=launch,
+            hang_minutes=hang_minutes,
+        )
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def phase(self, name: str):
+        """Context: what this rank is doing, for the watchdog."""
+        return self._watchdog.phase(name)
+
+    def barrier(self, phase: str = "barrier") -> None:
+        with self.phase(phase):
+            if self.size > 1:
+                dist.barrier()
+
+    def broadcast(self, value: T, phase: str = "broadcast") -> T:
+        """Rank 0's picklable `value`, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value if self.is_main else None]
+        with self.phase(phase):
+            dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]  # type: ignore[return-value]
+
+    def gather(self, value: T, phase: str = "gather") -> list[T]:
+        """Every rank's picklable `value`, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with self.phase(phase):
+            dist.all_gather_object(values, value)
+        return values
+
+    def any(self, flag: bool, phase: str = "any") -> bool:
+        """Whether any rank's flag is set."""
+        return bool(self.sum(float(flag), phase) > 0)
+
+    def sum(self, value: Any, phase: str = "sum") -> Any:
+        """Sum over ranks of a number (in float64) or of a tensor (a new tensor of its dtype)."""
+        if self.size == 1:
+            return value
+        number = not isinstance(value, torch.Tensor)
+        total = torch.tensor(float(value), dtype=torch.float64, device=self.device) if number else value.detach().clone()
+        with self.phase(phase):
+            dist.all_reduce(total)
+        return total.item() if number else total
+
+    def first_says(self, decide: Callable[[], T], phase: str = "decision of rank 0") -> T:
+        """`decide()` evaluated on rank 0 only; its result, or its exception, on every rank.
+
+        Without this an exception on rank 0 would leave the others waiting.
+        """
+        outcome: tuple[Any, BaseException | None] = (None, None)
+        if self.is_main:
+            try:
+                outcome = (decide(), None)
+            except Exception as error:
+                outcome = (None, error)
+        value, error = self.broadcast(outcome, phase)
+        if error is not None:
+            raise error
+        return value
+
+    def close(self) -> None:
+        """Stop watching. The process group stays, for the next stage."""
+        self._watchdog.close()
