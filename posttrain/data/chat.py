@@ -33,11 +33,10 @@ class Chat:
         self.tokenizer = copy.deepcopy(tokenizer)
         self.system_prompt = system_prompt
         self.template, self.added_tokens = choose(template, self.tokenizer)
-        to_id = self.tokenizer.convert_tokens_to_ids
         document_end = self.tokenizer.init_kwargs.get("document_end") or self.tokenizer.eos_token
-        self.document_end_id: int | None = None if document_end is None else to_id(document_end)
+        self.document_end_id = None if document_end is None else self._id(document_end)
         self.bos_id: int | None = self.tokenizer.bos_token_id if adds_bos(self.tokenizer) else None
-        ends = (to_id(self.template.end_of_turn), self.tokenizer.eos_token_id, self.document_end_id)
+        ends = (self._id(self.template.end_of_turn), self.tokenizer.eos_token_id, self.document_end_id)
         self.end_of_turn_ids: tuple[int, ...] = tuple(dict.fromkeys(i for i in ends if i is not None))
         self._anchor = self._find_anchor()
         self.digest = _digest(self)
@@ -105,6 +104,7 @@ class Chat:
         """The text of tokens, special ones included, as they stand inside a text."""
         lead = self._anchor or []
         text = self.tokenizer.decode([*lead, *ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str), "one list of ids has one text"
         return text.removeprefix("\n") if lead else text
 
     # --- many texts: render each one into pieces, then tokenise all pieces at once
@@ -121,6 +121,18 @@ class Chat:
         if messages[-1]["role"] == "assistant":
             raise ValueError("a prompt ends with a user or tool message; this one ends with the assistant's")
         return self.template.pieces(self._with_system(messages, system_prompt or self.system_prompt), tools, prompt=True)
+
+    def response_pieces(
+        self,
+        prompt: str | Sequence[Message],
+        response: str | Sequence[Message],
+        system_prompt: str = "",
+        tools: Sequence[Mapping] | None = None,
+    ) -> list[Piece]:
+        """The pieces that a response adds to its prompt's."""
+        before = as_prompt(prompt)
+        messages = self._with_system([*before, *as_response(response)], system_prompt or self.system_prompt)
+        return self.template.pieces(messages, tools)[len(self.prompt_pieces(before, system_prompt, tools)) :]
 
     def encode(self, texts: Sequence[Sequence[Piece]]) -> list[list[list[int]]]:
         """Token ids of every piece of every text, in one call of the tokenizer."""
@@ -150,6 +162,11 @@ class Chat:
 
     def _tokenise(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+    def _id(self, token: str) -> int:
+        number = self.tokenizer.convert_tokens_to_ids(token)
+        assert isinstance(number, int), "one token has one id"
+        return number
 
     def _find_anchor(self) -> list[int] | None:
         """Ids of a newline, for tokenizers that put a space before every text: a later piece is read as if after a newline."""

@@ -59,7 +59,7 @@ class Template:
     def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase) -> None:
         self.source = source
         # Some templates print today's date: the same rows would be other tokens tomorrow.
-        self.variables = {**tokenizer.special_tokens_map, "date_string": "26 Jul 2024"}
+        self.variables: dict[str, Any] = {**tokenizer.special_tokens_map, "date_string": "26 Jul 2024"}
         self.marks_turns = bool(_GENERATION.search(source))
         added = tokenizer.added_tokens_decoder.values()
         self._injected = re.compile("(?!)")
@@ -87,7 +87,7 @@ class Template:
         except (TemplateError, TypeError) as error:
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise ValueError(f"the chat template refuses these messages (roles: {roles or 'none'}): {error}") from None
-        return texts[0], spans[0] if self.marks_turns else []
+        return str(texts[0]), list(spans[0]) if self.marks_turns else []
 
     def pieces(self, messages: Sequence[Message], tools: Sequence[Mapping] | None = None, *, prompt: bool = False) -> list[Piece]:
         """Cut a conversation at the borders of its assistant's turns.
@@ -193,6 +193,7 @@ def choose(template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Template,
             raise ValueError("template='raw' ends a turn with the EOS token, and this tokenizer has none; template='chatml' brings its own")
         chosen = Template(_with_bos(RAW, tokenizer), tokenizer)
     elif template == "auto":
+        assert own, "a tokenizer without a template gets ChatML"
         chosen = _own_or_training_template(own, tokenizer)
     elif "{" in template:
         chosen = Template(template, tokenizer)
