@@ -15,6 +15,7 @@ from posttrain.engine.plain import PlainFrozen, PlainTrainer
 from posttrain.engine.trained import MAX_SKIPPED, FrozenModel, TrainedModel
 from posttrain.engine.update import Update
 from posttrain.engine.world import World
+from posttrain.engine.zero import ZeroFrozen, ZeroTrainer
 
 
 class Engine:
@@ -51,7 +52,8 @@ class Engine:
         """
         self._check(module, name)
         module.train()
-        backend: Any = PlainTrainer(module, optimizer, self.world)
+        trainer = ZeroTrainer if self.world.backend == "zero" else PlainTrainer
+        backend: Any = trainer(module, optimizer, self.world)
         model = TrainedModel(name, backend, self.world, optimizer, total_steps, ema_decay, max_skipped)
         self.models.append(model)
         return model
@@ -60,7 +62,8 @@ class Engine:
         """Take over `module` for evaluation only: no gradients, no checkpoint, sharded under ZeRO-3."""
         self._check(module, name)
         module.eval().requires_grad_(False)
-        model = FrozenModel(name, PlainFrozen(module, self.world), self.world)
+        frozen = ZeroFrozen if self.world.zero_stage == 3 else PlainFrozen
+        model = FrozenModel(name, frozen(module, self.world), self.world)
         self.models.append(model)
         return model
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +56,8 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 class PlainTrainer:
     """AdamW over a full copy of the module on every rank. Gradients are sums over ranks."""
+
+    sharded = False
 
     def __init__(self, module: nn.Module, config: OptimizerConfig, world: World) -> None:
         self.world = world
@@ -147,6 +148,10 @@ class PlainTrainer:
         for p in self.parameters:
             p.grad = None
 
+    def abandon(self) -> None:
+        """Called when an exception left an update."""
+        self.discard()
+
     def masters(self) -> list[Tensor]:
         """The fp32 weights that this rank holds: all trained ones."""
         return [p.data for p in self.parameters]
@@ -171,17 +176,12 @@ class PlainTrainer:
                 if parameter.requires_grad:
                     parameter.copy_(state[name])
 
-    def save(self, folder: Path) -> None:
-        """Rank 0 writes the trained weights and the optimizer, which are the same on every rank."""
-        if self.world.is_main:
-            frozen = {name for name, p in self.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-            weights = {name: value for name, value in self.module.state_dict().items() if name not in frozen}
-            torch.save({"weights": weights, "optimizer": self.optimizer.state_dict()}, folder / "plain.pt")
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state, the same on every rank."""
+        return self.optimizer.state_dict()
 
-    def load(self, folder: Path) -> None:
-        saved = torch.load(folder / "plain.pt", map_location=self.world.device, weights_only=True)
-        self.module.load_state_dict(saved["weights"], strict=False)
-        self.optimizer.load_state_dict(saved["optimizer"])
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
 
     def close(self) -> None:
         self.optimizer.state.clear()

@@ -57,16 +57,16 @@ class Update:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         model = self.model
         if kind is not None:
-            model.backend.discard()
+            model.backend.abandon()
             return
         assert self.terms or self._refused, "an update needs at least one backward"
-        if self._refused:
-            model.backend.discard()
-        else:
-            with model.world.phase(f"step of {model.name}"):
-                norm, self.stepped, self.term_norms = model.backend.step(self.lr)
-            if self.stepped:
-                self.grad_norm = norm
+        with model.world.phase(f"step of {model.name}"):
+            if self._refused:
+                model.backend.discard()
             else:
-                self._refused = f"the gradient norm is {norm}"
+                norm, self.stepped, self.term_norms = model.backend.step(self.lr)
+                if self.stepped:
+                    self.grad_norm = norm
+                else:
+                    self._refused = f"the gradient norm is {norm}"
         model.after_update(self.stepped, self._refused)
