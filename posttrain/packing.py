@@ -10,7 +10,7 @@ nothing predicts and which is therefore never trainable.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -157,9 +157,9 @@ class Forest:
         return total.index_add(0, self.response_of.clamp(min=0), counted)
 
     def to(self, device: torch.device | str) -> Forest:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor) and name != "scored_tokens"}
-        kept = {name: getattr(self, name) for name in ("starts", "lengths", "parents", "groups")}
-        return Forest(**moved, **kept, fields={name: value.to(device) for name, value in self.fields.items()})
+        tensors = ("input_ids", "position_ids", "predecessor", "trainable", "last_token", "response_of", "response_ids")
+        moved = {name: getattr(self, name).to(device) for name in tensors}
+        return replace(self, **moved, fields={name: value.to(device) for name, value in self.fields.items()})
 
 
 def forest(trees: Sequence[Tree], *, dummy: bool = False) -> Forest:
@@ -223,7 +223,7 @@ def plan(sizes: Sequence[int], max_tokens: int, world_size: int) -> list[list[li
     """
     largest = max(sizes, default=0)
     if largest > max_tokens:
-        row = sizes.index(largest) if isinstance(sizes, list) else list(sizes).index(largest)
+        row = list(sizes).index(largest)
         raise ValueError(f"max_tokens_per_micro_batch={max_tokens} is below element {row} with {largest} tokens; {largest} works")
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
     # at least one row per rank while there are elements, so that nobody idles
@@ -282,14 +282,13 @@ def pack(
     device: torch.device | str = "cpu",
     splittable: bool = False,
 ) -> PackedBatch:
-    """Pack a global batch of trees under a token budget; every rank calls it with the same trees.
+    """Pack a global batch of trees under a token budget; every rank calls it with the same trees. No trees, no micro-batches.
 
     `splittable` says that the loss is a sum over responses, so that a tree above the budget may repeat its root.
     Raises ValueError naming the element that doesn't fit.
     """
-    assert trees, "a batch has at least one tree"
     parts = [part for tree in trees for part in split(tree, max_tokens)] if splittable else list(trees)
-    rows = plan([part.num_tokens for part in parts], max_tokens, world_size)[rank]
+    rows = plan([part.num_tokens for part in parts], max_tokens, world_size)[rank] if parts else []
     return PackedBatch(
         trees=parts,
         rows=rows,

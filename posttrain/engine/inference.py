@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from posttrain.packing import Tree, pack
+from posttrain.packing import Tree
 
 if TYPE_CHECKING:
     from posttrain.engine.engine import Engine
@@ -31,7 +31,7 @@ def infer(
     tokens of each packed row that is done.
     """
     numbered = number_responses(trees)
-    batch = pack(numbered, max_tokens, world_size=engine.world.size, rank=engine.world.rank, device=engine.world.device, splittable=True)
+    batch = engine.pack(numbered, max_tokens, splittable=True)
     local: list[tuple[int, dict[str, Tensor]]] = []
     with model.evaluating():
         for micro in batch.micro_batches():

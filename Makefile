@@ -1,0 +1,30 @@
+# make setup   a virtual environment with pinned packages; does nothing the second time
+# make demo    SFT -> reward model -> PPO-ptx in a tiny world, in minutes, on two CPU cores
+# make test    the test suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+
+.PHONY: setup demo test lint clean
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt scripts/check_machine.sh
+	@PYTHON=$(PYTHON) sh scripts/check_machine.sh
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python scripts/build_ops.py
+	touch $@
+
+demo: setup
+	OMP_NUM_THREADS=2 $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/instructgpt.py tiny
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs

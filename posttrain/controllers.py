@@ -1,0 +1,50 @@
+"""Numbers that follow a run and outlive a restart: the adaptive KL coefficient and the running scale of scores."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+
+class KLController:
+    """A KL coefficient that follows the measured KL (Ziegler 2019, arXiv 1909.08593, section 2.2).
+
+    After n responses it is multiplied by 1 + n / horizon * clip(kl / target - 1, -0.2, 0.2); `target` 0 keeps it fixed.
+    """
+
+    def __init__(self, coef: float, target: float, horizon: int = 10_000) -> None:
+        self.coef, self.target, self.horizon = coef, target, horizon
+
+    def update(self, kl: float, num_responses: int) -> None:
+        if self.target:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.coef *= 1 + error * num_responses / self.horizon
+
+    def state_dict(self) -> dict[str, float]:
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.coef = state["coef"]
+
+
+class RunningScale:
+    """Mean and variance of all scores seen (Chan et al. 1979), for `scaling="running"`."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        n, mean = len(scores), float(scores.mean())
+        delta, total = mean - self.mean, self.count + n
+        self.squares += float(((scores - mean) ** 2).sum()) + delta * delta * self.count * n / total
+        self.mean += delta * n / total
+        self.count = total
+        return (scores - self.mean) / (math.sqrt(self.squares / total) + 1e-8)
+
+    def state_dict(self) -> dict[str, float]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)

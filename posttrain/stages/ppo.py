@@ -1,0 +1,525 @@
+"""PPO-ptx: reinforcement learning against a reward model, with pretraining gradients mixed in.
+
+    maximise  E[ r(x, y) - kl_coef * sum_t log(pi(y_t) / pi_ref(y_t)) ]  +  ptx_coef * E[ log pi(x_pretrain) ]
+
+InstructGPT (arXiv 2203.02155), section 3.5, equation 2; the details that the paper leaves open follow "The N+
+Implementation Details of RLHF with PPO" (arXiv 2403.17031). One iteration: sample responses, score them, put the
+per-token KL into the rewards, estimate advantages (GAE), then a few epochs of minibatches; in each minibatch the PPO
+gradient and the pretraining gradient are accumulated and ONE optimizer step is taken.
+
+The order of events, where wrong guesses train fine and score badly: scores -> scaling -> clip -> a response without
+end of turn has its score replaced -> the score is added at the last token. A truncated response is terminal, there is
+no bootstrap value. returns = advantages + values, before whitening. Dropout is off.
+
+What differs from the paper: `ptx_coef` weighs a mean over tokens (the paper prints no reduction; this is DeepSpeed-Chat's
+reading), the reference is the policy that the stage started from, and there is no sampling from several policies.
+
+    accelerate launch --config_file accelerate_configs/zero3.yaml recipes/instructgpt.py llama-8b
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from posttrain.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    runtime,
+    runtime_factory,
+    when,
+)
+from posttrain.ops import kl_k1, kl_k3, nll, sum_by_length, whiten
+from posttrain.controllers import KLController, RunningScale
+
+if TYPE_CHECKING:
+    from posttrain.rollout.local import Rollout
+    from posttrain.run import Run
+
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """From the reward model's output to the score that is added at the last token, in this order."""
+
+    scaling: str = "none"
+    """none (the calibrated score), calibration (divided by the held-out std stored with the reward model), or running
+    (mean and std of all scores so far, as PPO-max does, arXiv 2307.04964)."""
+    clip: float = 0.0
+    """Scores are cut to [-clip, clip] (DeepSpeed-Chat: 5); 0 is off."""
+    missing_eos_score: float = -1.0
+    """Replaces the score of a response that did not end (N+, detail 23)."""
+
+    def problems(self) -> list[str]:
+        return when(
+            (
+                self.scaling not in ("none", "calibration", "running"),
+                f"scaling={self.scaling!r} must be none, calibration or running",
+            ),
+            (self.clip < 0, f"clip={self.clip} must not be negative; 0 is off, 5 works"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """Core fields first; run-time fields (budgets, intervals) don't change the result."""
+
+    policy: ModelConfig = ModelConfig()
+    """The SFT model: what is trained, and the reference."""
+    reward_model: ModelConfig = ModelConfig()
+    """A reward-model folder: gives the scores, and starts the critic."""
+    prompts: DataConfig = DataConfig(path="")
+    """Prompt rows."""
+    pretraining: DataConfig = DataConfig(path="")
+    """Text rows for the pretraining gradient; needed unless `ptx_coef` is 0."""
+    policy_optimizer: OptimizerConfig = OptimizerConfig(lr=5e-6, schedule="constant", warmup_steps=10)
+    """InstructGPT: 5e-6 at 1.3B, constant (appendix C.4)."""
+    critic_optimizer: OptimizerConfig = OptimizerConfig(lr=9e-6, schedule="constant")
+    """InstructGPT: 9e-6, fixed."""
+    sampling: SamplingConfig = SamplingConfig()
+    """InstructGPT samples at temperature 1."""
+    score: ScoreConfig = ScoreConfig()
+    num_iterations: int = 500
+    """Rollouts (InstructGPT: 256k episodes / 512)."""
+    rollout_batch_size: int = 512
+    """Responses per iteration."""
+    minibatch_size: int = 64
+    """Responses per optimizer step."""
+    num_epochs: int = 1
+    """Passes over a rollout (InstructGPT: 1; N+: 4)."""
+    kl_coef: float = 0.02
+    """Weight of the per-token KL to the reference inside the reward."""
+    kl_target: float = 0.0
+    """KL per response that the coefficient is adapted to (Ziegler 2019, arXiv 1909.08593, section 2.2: 6); 0 keeps it fixed."""
+    ptx_coef: float = 27.8
+    """Weight of the pretraining loss, mean against mean; 0 is plain PPO."""
+    ptx_batch_size: int = 512
+    """Text windows per optimizer step (InstructGPT: 8 per episode)."""
+    gamma: float = 1.0
+    """Discount."""
+    lam: float = 0.95
+    """GAE lambda."""
+    clip_range: float = 0.2
+    """The policy's probability ratio is clipped to 1 +- this."""
+    value_clip_range: float = 0.2
+    """New values are clipped to the old ones +- this; 0 is off."""
+    # advanced
+    whiten_advantages: bool = True
+    """Once per rollout, over all response tokens of all ranks."""
+    critic_warmup_iterations: int = 0
+    """Iterations at the start in which only the critic learns (PPO-max)."""
+    ema_decay: float = 0.0
+    """Moving average of the policy's weights, exported as `model` when on (InstructGPT: 0.992); 0 is off."""
+    template: str = "auto"
+    """Chat template: auto (the model's own, proven), raw (contents only), or a jinja file."""
+    max_prompt_length: int = 1024
+    """Longer prompts are dropped whole."""
+    ptx_window: int = 1024
+    """Tokens per text window."""
+    max_tokens_per_micro_batch: int = runtime(8192)
+    """Tokens per packed row on one device."""
+    checkpoint: CheckpointConfig = runtime_factory(CheckpointConfig)
+
+    @property
+    def total_updates(self) -> int:
+        """Optimizer steps of the policy and of the critic, warm-up iterations of the critic included."""
+        return self.num_iterations * self.num_epochs * self.minibatches_per_epoch
+
+    @property
+    def minibatches_per_epoch(self) -> int:
+        return max(1, self.rollout_batch_size // max(1, self.minibatch_size))
+
+    def problems(self) -> list[str]:
+        longest = max(self.max_prompt_length + self.sampling.max_new_tokens, self.ptx_window if self.ptx_coef else 0)
+        divisors = [n for n in range(1, max(1, self.rollout_batch_size) + 1) if self.rollout_batch_size % n == 0]
+        nearest = min(divisors, key=lambda n: abs(n - self.minibatch_size))
+        return when(
+            (not self.policy.path, "policy.path is empty; a model folder, a hub id or '@stage' works"),
+            (not self.reward_model.path, "reward_model.path is empty; a reward-model folder or '@stage' works"),
+            (not self.prompts.path, "prompts.path is empty; a file, a hub id, 'package.module:generator' or '@stage' works"),
+            (
+                self.ptx_coef > 0 and not self.pretraining.path,
+                f"ptx_coef={self.ptx_coef} needs text rows in pretraining.path; ptx_coef=0 is plain PPO",
+            ),
+            (self.ptx_coef < 0, f"ptx_coef={self.ptx_coef} must not be negative; 0 is plain PPO"),
+            (self.ptx_batch_size < 1, f"ptx_batch_size={self.ptx_batch_size} must be at least 1"),
+            (self.num_iterations < 1, f"num_iterations={self.num_iterations} must be at least 1"),
+            (self.rollout_batch_size < 1, f"rollout_batch_size={self.rollout_batch_size} must be at least 1; 512 works"),
+            (
+                self.minibatch_size < 1 or self.rollout_batch_size % self.minibatch_size != 0,
+                f"minibatch_size={self.minibatch_size} must divide rollout_batch_size={self.rollout_batch_size}; {nearest} works",
+            ),
+            (self.num_epochs < 1, f"num_epochs={self.num_epochs} must be at least 1"),
+            (self.kl_coef < 0, f"kl_coef={self.kl_coef} must not be negative; 0 is off"),
+            (self.kl_target < 0, f"kl_target={self.kl_target} must not be negative; 0 keeps kl_coef fixed"),
+            (not 0 < self.gamma <= 1, f"gamma={self.gamma} must lie in (0, 1]; 1 works"),
+            (not 0 <= self.lam <= 1, f"lam={self.lam} must lie in [0, 1]; 0.95 works"),
+            (not 0 < self.clip_range < 1, f"clip_range={self.clip_range} must lie in (0, 1); 0.2 works"),
+            (self.value_clip_range < 0, f"value_clip_range={self.value_clip_range} must not be negative; 0 is off"),
+            (
+                not 0 <= self.critic_warmup_iterations < self.num_iterations,
+                f"critic_warmup_iterations={self.critic_warmup_iterations} must lie in [0, num_iterations={self.num_iterations})",
+            ),
+            (not 0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} must lie in [0, 1); 0 is off, 0.992 is the paper's"),
+            (self.sampling.temperature <= 0, "sampling.temperature=0 cannot explore; 1 works"),
+            (
+                self.max_tokens_per_micro_batch < longest,
+                f"max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} is below the longest row of {longest} tokens; {longest} works",
+            ),
+        )
+
+
+# --- one equation each
+
+
+def gae(rewards: Tensor, values: Tensor, lengths: Sequence[int], gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (arXiv 1506.02438, equation 16) -> (advantages, returns), each (T,).
+
+    `rewards (T,)` and `values (T,)` hold B responses one after another; delta_t = r_t + gamma V_{t+1} - V_t with V = 0
+    after the last token, A_t = delta_t + gamma lam A_{t+1}, returns = A + V.
+    """
+    if not lengths:
+        return torch.zeros_like(rewards), torch.zeros_like(rewards)
+    rows = torch.nn.utils.rnn.pad_sequence(list(rewards.split(list(lengths))), batch_first=True)  # (B, L)
+    before = torch.nn.utils.rnn.pad_sequence(list(values.split(list(lengths))), batch_first=True)
+    after = torch.cat([before[:, 1:], torch.zeros_like(before[:, :1])], dim=1)
+    # behind a response's end rewards and values are 0, so the recursion starts at its last token from 0
+    delta = rows + gamma * after - before
+    advantages = torch.zeros_like(delta)
+    running = torch.zeros_like(delta[:, 0])
+    for t in reversed(range(delta.shape[1])):
+        running = delta[:, t] + gamma * lam * running
+        advantages[:, t] = running
+    flat = torch.cat([row[:length] for row, length in zip(advantages, lengths)])
+    return flat, flat + values
+
+
+def shape_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, lengths: Sequence[int], kl_coef: float) -> Tensor:
+    """Per-token rewards (T,): -kl_coef * k1 at every token, plus `scores (B,)` at each response's last (equation 2)."""
+    rewards = -kl_coef * kl_k1(logprobs, ref_logprobs)
+    last = torch.as_tensor(lengths).cumsum(0) - 1
+    rewards[last] += scores
+    return rewards
+
+
+def shape_scores(scores: Tensor, finished: Tensor, clip: float, missing_eos_score: float) -> Tensor:
+    """Clip `scores (B,)` to +-clip (0 is off), then replace those of responses that did not end."""
+    clipped = scores.clamp(-clip, clip) if clip else scores
+    return torch.where(finished, clipped, missing_eos_score)
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum over `mask (N,)` of max(-A ratio, -A clip(ratio)) (arXiv 1707.06347, equation 7), and sums of its diagnostics."""
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = torch.where(mask, torch.maximum(-advantages * ratio, -advantages * clipped), 0)
+    with torch.no_grad():
+        stats = {
+            "ratio": (ratio * mask).sum(),
+            "clip_fraction": ((-advantages * clipped > -advantages * ratio) & mask).sum(),
+            "approx_kl": ((ratio - 1 - log_ratio) * mask).sum(),
+            "log_ratio_abs": log_ratio.abs().sum(),
+        }
+    return loss.sum(), stats
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float) -> Tensor:
+    """Sum over `mask (N,)` of max((V - R)^2, (clip(V, V_old +- clip_range) - R)^2) / 2; `clip_range` 0 doesn't clip (N+)."""
+    error = (values - returns) ** 2
+    if clip_range:
+        near = old_values + (values - old_values).clamp(-clip_range, clip_range)
+        error = torch.maximum(error, (near - returns) ** 2)
+    return 0.5 * torch.where(mask, error, 0).sum()
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(R - V) / Var(R); 1 is a perfect critic, 0 is one that knows only the mean."""
+    spread = returns.var(correction=0)
+    return float(1 - (returns - values).var(correction=0) / spread) if spread > 0 else 0.0
+
+
+# --- the loop
+
+
+@dataclass(eq=False)
+class Experience:
+    """What one rollout of B responses and T response tokens is worth; per-token tensors hold the responses one after another."""
+
+    rollout: Rollout
+    lengths: list[int]  # B response lengths in tokens, summing to T
+    finished: Tensor  # (B,) bool, ended by itself
+    scores: Tensor  # (B,) reward model, calibrated
+    logprobs: Tensor  # (T,) log pi_old at the sampling temperature, as the trainer computes it
+    ref_logprobs: Tensor  # (T,)
+    entropy: Tensor  # (T,) of the distribution that each token was drawn from
+    values: Tensor  # (T,) V(state before the token)
+
+
+def train(config: PPOConfig, run: Run) -> Path:
+    """Train the policy and its critic against the reward model. Returns the policy's folder; the critic is beside it."""
+    from posttrain.data.chat import Chat
+    from posttrain.data.sampler import Sampler
+
+    engine = run.engine
+    chat = Chat.load(config.policy.path, config.template)
+    prompts, windows = load_prompts(config, chat, run), load_windows(config, chat, run)
+    policy, reference, critic, reward_model = load_models(config, chat, run)
+    prompt_sampler = Sampler(len(prompts), config.rollout_batch_size, run.seed)
+    ptx_sampler = Sampler(max(1, len(windows)), config.ptx_batch_size, run.seed + 1)
+    kl_control, scale = KLController(config.kl_coef, config.kl_target), RunningScale()
+    run.resume({"policy": policy, "critic": critic}, prompts=prompt_sampler, ptx=ptx_sampler, kl=kl_control, scale=scale)
+
+    for iteration in run.iterations(config.num_iterations):
+        # 1. trajectories: y ~ pi(.|x), then log-probabilities, values and scores under the four models
+        rollout = sample_responses(config, run, policy, chat, [prompts[i] for i in prompt_sampler.take()], iteration)
+        experience = annotate(config, run, rollout, policy, reference, critic, reward_model)
+
+        # 2. rewards: the score at the last token, - kl_coef * KL at every token
+        raw = scale(experience.scores) if config.score.scaling == "running" else experience.scores
+        scores = shape_scores(raw, experience.finished, config.score.clip, config.score.missing_eos_score)
+        rewards = shape_rewards(scores, experience.logprobs, experience.ref_logprobs, experience.lengths, kl_control.coef)
+
+        # 3. advantages; the returns keep their scale
+        advantages, returns = gae(rewards, experience.values, experience.lengths, config.gamma, config.lam)
+        targets = {"advantages": whiten(advantages) if config.whiten_advantages else advantages, "returns": returns}
+
+        # 4. epochs of minibatches: exactly ONE optimizer step of the policy, and one of the critic, per minibatch
+        log = IterationLog(config)
+        for minibatch in minibatches(config, run, experience, targets, iteration):
+            if iteration >= config.critic_warmup_iterations:
+                text = engine.pack([windows[i] for i in ptx_sampler.take()] if config.ptx_coef else [], config.max_tokens_per_micro_batch)
+                if log.is_first_step(iteration):
+                    verify_start(policy, minibatch, config, run)
+                with engine.update(policy) as update:
+                    for micro in minibatch.micro_batches():
+                        logprobs = policy.logprobs(micro, temperature=temperature)
+                        loss, stats = policy_loss(logprobs, micro["old_logprobs"], micro["advantages"], micro.trainable, config.clip_range)
+                        update.backward(loss, over=minibatch.num_tokens, label="ppo")
+                        log.tally.add(stats)
+                    for micro in text.micro_batches():  # + ptx_coef * log pi(x)
+                        loss = nll(policy.logprobs(micro), micro.trainable)
+                        update.backward(loss, over=text.num_tokens, weight=config.ptx_coef, label="ptx")
+                log.policy_step(update, minibatch, text)
+            with engine.update(critic) as update:
+                for micro in minibatch.micro_batches():
+                    loss = value_loss(critic.values(micro), micro["old_values"], micro["returns"], micro.trainable, config.value_clip_range)
+                    update.backward(loss, over=minibatch.num_tokens)
+            log.critic_step(update, minibatch)
+            run.heed_stop(seconds_left=log.seconds_left())
+
+        # 5. what happened
+        metrics = summary(experience, scores, rewards, returns) | log.metrics(run) | {"kl_coef": kl_control.coef}
+        kl_control.update(metrics["kl"], len(scores))
+        run.log(metrics, tokens=rollout.num_tokens + log.tokens, optimizer_steps=log.steps)
+        run.samples(sample_rows(experience, chat, scores))
+        run.checkpoint()
+
+    engine.export(critic, run.folder / "critic", chat.tokenizer, extra_files=critic_files(critic))
+    return engine.export(policy, run.folder / "model", chat.tokenizer, ema=config.ema_decay > 0)
+
+
+def load_prompts(config: PPOConfig, chat: Chat, run: Run) -> list[list[int]]:
+    """Prompt tokens, the system prompt included."""
+    from posttrain.data.rows import read_rows
+    from posttrain.data.tokenized import prompt_ids
+
+    rows = read_rows(config.prompts, "prompt")
+    prompts, kept = prompt_ids(rows, chat, config.max_prompt_length, config.sampling.system_prompt)
+    run.say(f"{config.prompts.path}: {kept}")
+    return prompts
+
+
+def load_windows(config: PPOConfig, chat: Chat, run: Run) -> Sequence[Tree]:
+    """Windows of pretraining text; none for plain PPO."""
+    from posttrain.data.rows import read_rows
+    from posttrain.data.tokenized import text_windows
+
+    if not config.ptx_coef:
+        return []
+    windows, kept = text_windows(read_rows(config.pretraining, "text"), chat, config.ptx_window)
+    run.say(f"{config.pretraining.path}: {kept}")
+    return windows
+
+
+def load_models(config: PPOConfig, chat: Chat, run: Run) -> tuple[TrainedModel, FrozenModel, TrainedModel, FrozenModel]:
+    """Policy, reference, critic, reward model. The reference is the starting policy; the critic starts as the reward model.
+
+    Raises ValueError when the reward model reads other tokens than the policy writes.
+    """
+    from posttrain.data.chat import Chat
+    from posttrain.models.loading import load_causal_lm, load_scalar_model, read_calibration
+
+    judge = Chat.load(config.reward_model.path, config.template)
+    if judge.digest != chat.digest:
+        raise ValueError(
+            f"reward_model.path={config.reward_model.path!r} has another tokenizer or template than policy.path={config.policy.path!r}; "
+            "a reward model trained from this policy's SFT model works"
+        )
+    engine = run.engine
+    policy = engine.train(
+        load_causal_lm(config.policy, chat.tokenizer),
+        config.policy_optimizer,
+        config.policy_updates,
+        name="policy",
+        ema_decay=config.ema_decay,
+    )
+    reference = engine.freeze(load_causal_lm(config.policy, chat.tokenizer), name="reference")
+    scorer, starting_critic = (load_scalar_model(config.reward_model, fresh_head=False, seed=run.seed) for _ in range(2))
+    if config.score.scaling == "calibration":
+        # the critic predicts scores, so it starts on their scale
+        calibration = read_calibration(config.reward_model.path)
+        scorer.calibration = starting_critic.calibration = (calibration["bias"], calibration["std"])
+    critic = engine.train(starting_critic, config.critic_optimizer, config.critic_updates, name="critic")
+    return policy, reference, critic, engine.freeze(scorer, name="reward_model")
+
+
+def sample_responses(
+    config: PPOConfig, run: Run, policy: TrainedModel, chat: Chat, prompts: list[list[int]], iteration: int
+) -> Rollout:
+    """One response to each prompt. Stops the run in good order when it is asked to while sampling."""
+    from posttrain.rollout.local import SamplingInterrupted, sample
+
+    try:
+        rollout = sample(
+            policy,
+            prompts,
+            config.sampling,
+            world=run.engine.world,
+            seed=run.seed,
+            iteration=iteration,
+            stop_ids=chat.end_of_turn_ids,
+            decode=chat.decode_response,
+            interrupted=run.stop_requested,
+        )
+    except SamplingInterrupted:
+        run.heed_stop()
+        raise
+    run.heed_stop()
+    return rollout
+
+
+def annotate(
+    config: PPOConfig,
+    run: Run,
+    rollout: Rollout,
+    policy: TrainedModel,
+    reference: FrozenModel,
+    critic: TrainedModel,
+    reward_model: FrozenModel,
+) -> Experience:
+    """Log-probabilities, entropies, values and scores of a rollout, alike on every rank."""
+    from posttrain.engine.inference import infer
+    from posttrain.rollout.trees import response_trees
+
+    trees = response_trees(rollout)
+
+    def under(model: Any, *want: str) -> dict[str, list[Tensor]]:
+        return infer(run.engine, model, trees, want, config.max_tokens_per_micro_batch, temperature=config.sampling.temperature)
+
+    old = under(policy, "logprobs", "entropy")
+    return Experience(
+        rollout=rollout,
+        lengths=[len(response) for response in rollout.responses],
+        finished=torch.tensor(rollout.finished),
+        scores=torch.stack(under(reward_model, "scores")["scores"]),
+        logprobs=torch.cat(old["logprobs"]),
+        ref_logprobs=torch.cat(under(reference, "logprobs")["logprobs"]),
+        entropy=torch.cat(old["entropy"]),
+        values=torch.cat(under(critic, "values")["values"]),
+    )
+
+
+def minibatches(config: PPOConfig, run: Run, experience: Experience, targets: dict[str, Tensor], iteration: int) -> Iterator[PackedBatch]:
+    """`num_epochs` passes over the responses in an order of their own, each cut into minibatches over all ranks."""
+    from posttrain.rollout.trees import response_trees
+
+    fields = {"old_logprobs": experience.logprobs, "old_values": experience.values, **targets}
+    for epoch in range(config.num_epochs):
+        generator = torch.Generator().manual_seed(((run.seed * 1_000_003 + iteration) * 1_000 + epoch) % 2**63)
+        order = torch.randperm(len(experience.lengths), generator=generator)
+        for chosen in order.split(config.minibatch_size):
+            trees = response_trees(experience.rollout, chosen.tolist(), fields)
+            yield run.engine.pack(trees, config.max_tokens_per_micro_batch, splittable=True)
+
+
+def verify_start(policy: TrainedModel, minibatch: PackedBatch, config: PPOConfig, run: Run) -> None:
+    """Before the first step the policy must give its own samples the ratio 1. Raises RuntimeError when it doesn't.
+
+    A mean |log ratio| above 1e-4 (fp32) or 2e-2 (bf16) means that training mode computes another distribution than the
+    one that was sampled from: dropout, another temperature, another dtype.
+    """
+    tally = Tally()
+    with torch.no_grad():
+        for micro in minibatch.micro_batches():
+            logprobs = policy.logprobs(micro, temperature=config.sampling.temperature)
+            tally.add({"distance": torch.where(micro.trainable, logprobs - micro["old_logprobs"], 0).abs().sum()})
+    distance = tally.total(run.engine.world)["distance"] / minibatch.num_tokens
+    is_bf16 = next(policy.module.parameters()).dtype == torch.bfloat16
+    limit = 2e-2 if is_bf16 else 1e-4
+    if not distance < limit:
+        raise RuntimeError(
+            f"before the first step the policy's mean |log ratio| to its own samples is {distance:.2e}, above {limit:.0e}: "
+            "the trained distribution is not the sampled one"
+        )
+
+
+class IterationLog:
+    """What the updates of one iteration did; metrics are means over its minibatches."""
+
+    def __init__(self, config: PPOConfig) -> None:
+        self.tally = Tally()
+        self.minibatches = config.num_epochs * config.minibatches_per_epoch
+        self.began = time.monotonic()
+        self.tokens = self.steps = self.critic_steps = self.counted = 0
+        self.updates: list[dict[str, float]] = []
+
+    def policy_step(self, update: Update, minibatch: PackedBatch, text: PackedBatch) -> None:
+        self.steps += 1
+        self.tokens += minibatch.size + text.size
+        self.counted += minibatch.num_tokens
+        self.updates.append({f"{name}_loss": loss for name, loss in update.terms.items()})
+        self.updates[-1] |= {f"{name}_grad_norm": norm for name, norm in update.term_norms.items()}
+        self.updates[-1] |= {"grad_norm": update.grad_norm or math.nan, "lr": update.lr}
+
+    def critic_step(self, update: Update, minibatch: PackedBatch) -> None:
+        self.critic_steps += 1
+        self.tokens += minibatch.size
+        self.updates.append({"value_loss": update.terms["loss"], "critic_grad_norm": update.grad_norm or math.nan})
+
+    def seconds_left(self) -> float:
+        """What the rest of the iteration's updates will take, measured on those that are done."""
+        return (time.monotonic() - self.began) / max(1, self.critic_steps) * (self.minibatches - self.critic_steps)
+
+    def metrics(self, run: Run) -> dict[str, float]:
+        names = sorted({name for update in self.updates for name in update})
+        values = {name: [update[name] for update in self.updates if name in update] for name in names}
+        means = {name: sum(column) / len(column) for name, column in values.items()}
+        return means | {name: total / self.counted for name, total in self.tally.total(run.engine.world).items()}
+
+
+def summary(experience: Experience, scores: Tensor, rewards: Tensor, returns: Tensor) -> dict[str, float]:
+    """The rollout's diagnostics: means over responses, or over response tokens where the name says so."""
+    lengths = experience.lengths
+    kl = sum_by_length(kl_k1(experience.logprobs, experience.ref_logprobs), lengths)
+    k3 = sum_by_length(kl_k3(experience.logprobs, experience.ref_logprobs), lengths)
+    return {
+        "score": float(experience.scores.mean()),
+        "shaped_score": float(scores.mean()),
+        "reward": float(sum_by_length(rewards, lengths).mean()),
+        "kl": float(kl.mean()),
+        "kl_k3": float(k3.mean()),
+        "entropy": float(experience.entropy.mean()),
+        "response_length": sum(lengths) / len(lengths),
+        "share_finished": float(experience.finished.float().mean()),
+        "value_explained_variance": explained_variance(experience.values, returns),
+    }

@@ -1,0 +1,240 @@
+"""A reward model from ranked responses: Bradley-Terry over all pairs of K responses to one prompt.
+
+    minimise  - 1/C(K,2) * sum over pairs (w better than l) of log sigmoid(r(x, y_w) - r(x, y_l))
+
+K ranked responses of a prompt are one batch element: the prompt is computed once, each response once, and all C(K,2)
+pairs read the same K scores (InstructGPT, arXiv 2203.02155, section 3.5, equation 1). Ties give no pair. The score is a
+linear head on the hidden state of the last response token. After training a bias is set so that demonstrations score 0
+on average (section 3.5), and the mean and spread of held-out scores are stored beside the model.
+
+What differs from the paper: a margin and a centring term are there, both off; the model starts from the SFT model.
+
+    accelerate launch --config_file accelerate_configs/zero2.yaml recipes/instructgpt.py tiny --only reward_model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from posttrain.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, runtime, runtime_factory, when
+from posttrain.ops import ordered_pairs
+from posttrain.packing import Forest, Tree, segment
+
+if TYPE_CHECKING:
+    from posttrain.data.chat import Chat
+    from posttrain.run import Run
+
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelConfig:
+    """Core fields first; run-time fields (budgets, intervals) don't change the result."""
+
+    model: ModelConfig = ModelConfig()
+    """The model to start from, usually the SFT model; its LM head is replaced by a fresh scalar head."""
+    data: DataConfig = DataConfig(path="")
+    """Comparison rows: a prompt and K = 2..9 responses, best first, or with `ranks`."""
+    validation: DataConfig = DataConfig(path="")
+    """Held-out comparison rows; "" measures nothing."""
+    demonstrations: DataConfig = DataConfig(path="")
+    """Demonstration rows whose final replies shall score 0 on average; "" leaves the bias at 0."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=9e-6)
+    """InstructGPT: 9e-6, cosine to 10 % (appendix C.2)."""
+    epochs: float = 1.0
+    """Passes over the rows (InstructGPT: one, more overfits)."""
+    batch_size: int = 64
+    """Prompts, each with all its responses, per optimizer step over all devices (InstructGPT: 64)."""
+    max_length: int = 2048
+    """Longest prompt with one response, in tokens; rows with a longer one are dropped whole."""
+    margin: float = 0.0
+    """Score difference asked for per rank of difference (Llama 2, arXiv 2307.09288, equation 2); 0 is off."""
+    centering_coef: float = 0.0
+    """Weight of (r_w + r_l)^2 in a pair's loss, which keeps scores around 0 (arXiv 2312.09244: 0.01); 0 is off."""
+    template: str = "auto"
+    """Chat template: auto (the model's own, proven), raw (contents only), or a jinja file."""
+    evaluate_every: int = 0
+    """Optimizer steps between evaluations; 0 evaluates at the end only."""
+    max_dropped_fraction: float = 0.1
+    """Largest share of rows that may be dropped for their length or for having only ties."""
+    max_tokens_per_micro_batch: int = runtime(8192)
+    """Tokens per packed row on one device; a prompt with all its responses must fit."""
+    checkpoint: CheckpointConfig = runtime_factory(CheckpointConfig)
+
+    def problems(self) -> list[str]:
+        return when(
+            (not self.model.path, "model.path is empty; a model folder, a hub id or '@stage' works"),
+            (not self.data.path, "data.path is empty; a file, a hub id, 'package.module:generator' or '@stage' works"),
+            (self.epochs <= 0, f"epochs={self.epochs} must be positive; 1 works"),
+            (self.batch_size < 1, f"batch_size={self.batch_size} must be at least 1; 64 works"),
+            (self.max_length < 2, f"max_length={self.max_length} must be at least 2; 2048 works"),
+            (self.margin < 0, f"margin={self.margin} must not be negative; 0 is off"),
+            (self.centering_coef < 0, f"centering_coef={self.centering_coef} must not be negative; 0 is off"),
+            (self.evaluate_every < 0, f"evaluate_every={self.evaluate_every} must not be negative; 0 is at the end only"),
+            (not 0 <= self.max_dropped_fraction <= 1, f"max_dropped_fraction={self.max_dropped_fraction} must lie in [0, 1]; 0.1 works"),
+            (
+                self.max_tokens_per_micro_batch < self.max_length,
+                f"max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} is below max_length={self.max_length}; {self.max_length} works",
+            ),
+        )
+
+
+def bradley_terry(scores: Tensor, ranks: Sequence[int], margin: float = 0.0, centering_coef: float = 0.0) -> Tensor:
+    """Loss () of one batch element from the `scores (K,)` of its ranked responses (InstructGPT equation 1).
+
+    The sum over the non-tied pairs divided by C(K,2). With `margin` m the winner must lead by m per rank; with
+    `centering_coef` c each pair adds c (r_w + r_l)^2.
+    """
+    pairs = ordered_pairs(ranks)
+    if not pairs:
+        return scores.sum() * 0
+    winners, losers = (torch.tensor(side, device=scores.device) for side in zip(*pairs))
+    distance = torch.tensor([float(ranks[l] - ranks[w]) for w, l in pairs], device=scores.device)
+    won, lost = scores[winners], scores[losers]
+    loss = -F.logsigmoid(won - lost - margin * distance) + centering_coef * (won + lost) ** 2
+    return loss.sum() / (len(scores) * (len(scores) - 1) / 2)
+
+
+def ranking_loss(scores: Tensor, micro: Forest, margin: float = 0.0, centering_coef: float = 0.0) -> Tensor:
+    """Sum of the elements' losses in a packed row: `scores (B,)` -> ()."""
+    losses = [bradley_terry(scores[part], tree.ranks, margin, centering_coef) for tree, part in micro.groups]
+    return torch.stack(losses).sum() if losses else scores.sum() * 0
+
+
+def count_correct(scores: Sequence[Tensor], trees: Sequence[Tree]) -> tuple[int, int]:
+    """(correctly ordered pairs, pairs) from the scores (K,) of each element; equal scores are not correct."""
+    orders = [[bool(s[w] > s[l]) for w, l in ordered_pairs(tree.ranks)] for s, tree in zip(scores, trees)]
+    return sum(map(sum, orders)), sum(map(len, orders))
+
+
+def train(config: RewardModelConfig, run: Run) -> Path:
+    """Train on the comparisons, calibrate on held-out rows, export. Returns the model folder."""
+    from posttrain.data.chat import Chat
+    from posttrain.data.sampler import Sampler
+    from posttrain.models.loading import load_scalar_model
+
+    engine = run.engine
+    chat = Chat.load(config.model.path, config.template)
+    trees = load_comparisons(config, config.data, chat, run)
+    held_out = load_comparisons(config, config.validation, chat, run) if config.validation.path else []
+    total_steps = max(1, round(config.epochs * len(trees) / config.batch_size))
+
+    module = load_scalar_model(config.model, fresh_head=True, seed=run.seed)
+    model = engine.train(module, config.optimizer, total_steps, name="reward_model")
+    sampler = Sampler(len(trees), config.batch_size, run.seed)
+    run.resume({"reward_model": model}, sampler=sampler)
+
+    for step in run.steps(total_steps):
+        batch = engine.pack([trees[i] for i in sampler.take()], config.max_tokens_per_micro_batch)
+        seen = torch.zeros(2)
+        with engine.update(model) as update:
+            for micro in batch.micro_batches():
+                scores = model.scores(micro)
+                update.backward(ranking_loss(scores, micro, config.margin, config.centering_coef), over=batch.num_trees)
+                seen += torch.tensor(count_correct([scores[part] for _, part in micro.groups], [tree for tree, _ in micro.groups]))
+        correct, pairs = engine.world.sum(seen).tolist()
+        metrics = {"loss": update.terms["loss"], "pair_accuracy": correct / pairs, "lr": update.lr, "grad_norm": update.grad_norm}
+        if held_out and config.evaluate_every and (step + 1) % config.evaluate_every == 0:
+            metrics["validation_accuracy"] = held_out_accuracy(score_trees(model, held_out, run, config), held_out)["pair_accuracy"]
+        run.log(metrics, tokens=batch.size, optimizer_steps=1)
+        run.checkpoint()
+
+    calibration = calibrate(model, held_out or trees, chat, config, run)
+    return engine.export(model, run.folder / "model", chat.tokenizer, extra_files={"reward_calibration.json": calibration})
+
+
+def load_comparisons(config: RewardModelConfig, data: DataConfig, chat: Chat, run: Run) -> Sequence[Tree]:
+    """One tree per comparison: the prompt, its K responses, their ranks."""
+    from posttrain.data.rows import read_rows
+    from posttrain.data.tokenized import comparison_trees
+
+    rows = read_rows(data, "comparison")
+    trees, kept = comparison_trees(rows, chat, config.max_length, max_dropped_fraction=config.max_dropped_fraction)
+    run.say(f"{data.path}: {kept}")
+    return trees
+
+
+def score_trees(model: Any, trees: Sequence[Tree], run: Run, config: RewardModelConfig) -> list[Tensor]:
+    """The scores (K,) of each element's responses."""
+    from posttrain.engine.inference import infer
+
+    flat = infer(run.engine, model, trees, ("scores",), config.max_tokens_per_micro_batch)["scores"]
+    return list(torch.stack(flat).split([tree.num_responses for tree in trees]))
+
+
+def held_out_accuracy(scores: Sequence[Tensor], trees: Sequence[Tree]) -> dict[str, Any]:
+    """Share of held-out pairs in the right order, with a 95 % interval."""
+    from posttrain.evaluation.statistics import wilson_interval
+
+    correct, pairs = count_correct(scores, trees)
+    return {"pair_accuracy": correct / max(1, pairs), "ci95": list(wilson_interval(correct, pairs)), "n_pairs": pairs}
+
+
+def calibrate(model: Any, trees: Sequence[Tree], chat: Chat, config: RewardModelConfig, run: Run) -> str:
+    """Measure the trained model and return reward_calibration.json: bias, and mean and std of scores after it.
+
+    Also reports what goes wrong unnoticed: scores that follow the length, and scores of degenerate responses.
+    """
+    import json
+
+    from posttrain.data.rows import read_rows
+    from posttrain.data.tokenized import demonstration_trees
+    from posttrain.evaluation.statistics import spearman
+
+    bias = 0.0
+    if config.demonstrations.path:
+        rows = read_rows(config.demonstrations, "demonstration")
+        demonstrations, _ = demonstration_trees(rows, chat, config.max_length, max_dropped_fraction=config.max_dropped_fraction)
+        bias = float(torch.cat(score_trees(model, demonstrations, run, config)).mean())
+    scores = [x - bias for x in score_trees(model, trees, run, config)]
+    flat = torch.cat(scores)
+    lengths = [float(len(child)) for tree in trees for child in tree.children]
+    probes = degenerate_probes(trees[:64], chat)
+    results = {
+        "reward_model": {
+            **held_out_accuracy(scores, trees),
+            "held_out": bool(config.validation.path),
+            "mean": float(flat.mean()),
+            "std": float(flat.std()),
+            "spearman_score_length": spearman(flat.tolist(), lengths),
+            "degenerate_probes": {
+                name: float(torch.cat(score_trees(model, probe, run, config)).mean()) - bias for name, probe in probes.items()
+            },
+        }
+    }
+    run.results(results)
+    run.say(f"reward model: {results['reward_model']}")
+    return json.dumps({"bias": bias, "mean": float(flat.mean()), "std": float(flat.std())}, indent=2)
+
+
+def degenerate_probes(trees: Sequence[Tree], chat: Chat) -> dict[str, list[Tree]]:
+    """Responses that no person would rank high: nothing at all, one token over and over, the prompt echoed."""
+    end = list(chat.end_of_turn_ids[:1])
+
+    def answer(tree: Tree, ids: list[int]) -> Tree:
+        return Tree(tree.root, (segment(ids + end, True),))
+
+    def echo(tree: Tree) -> list[int]:
+        return chat.response(chat.tokenizer.decode(tree.root.input_ids, skip_special_tokens=True))[: len(tree.root)]
+
+    def first_token(tree: Tree) -> list[int]:
+        return tree.children[0].input_ids[:1].tolist()
+
+    return {
+        "empty": [answer(tree, []) for tree in trees],
+        "repeated_token": [answer(tree, first_token(tree) * 16) for tree in trees],
+        "echoed_prompt": [answer(tree, echo(tree)) for tree in trees],
+    }
+
+
+def smoke(config: RewardModelConfig) -> RewardModelConfig:
+    """The same stage on 64 rows, for two optimizer steps."""
+    limited = {name: replace(getattr(config, name), limit=64) for name in ("data", "validation", "demonstrations")}
+    return replace(config, **limited, batch_size=32, epochs=1.0)

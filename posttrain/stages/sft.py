@@ -1,0 +1,197 @@
+"""Supervised fine-tuning: next-token prediction on the assistant's tokens, or on plain text.
+
+    minimise  - sum over trainable tokens of log pi(token | what came before) / number of trainable tokens
+
+The denominator is that of the whole optimizer step: a token weighs the same in every micro-batch, on every rank
+(InstructGPT, arXiv 2203.02155, section 3.5; the same loop on `text` rows is pretraining). Training ends after `epochs`,
+or earlier when the held-out loss has not fallen for `patience` evaluations; the best evaluated weights are kept.
+
+What differs from the paper: InstructGPT picks its SFT model by reward-model score after 16 epochs; here the held-out
+loss decides, and overfitting is left to the user's choice of `epochs`.
+
+    accelerate launch --config_file accelerate_configs/zero2.yaml recipes/sft.py smollm2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, runtime, runtime_factory, when
+
+if TYPE_CHECKING:
+    from posttrain.data.chat import Chat
+    from posttrain.packing import Tree
+    from posttrain.run import Run
+
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """Core fields first; run-time fields (budgets, intervals) don't change the result."""
+
+    model: ModelConfig = ModelConfig()
+    """The model to start from."""
+    data: DataConfig = DataConfig(path="")
+    """Rows to learn: demonstrations, or texts when `row_type` says so."""
+    row_type: str = "demonstration"
+    """demonstration (the assistant's tokens are trained) or text (every token is)."""
+    validation: DataConfig = DataConfig(path="")
+    """Held-out rows of the same type; "" trains without a held-out loss."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5)
+    """InstructGPT: 9.65e-6 at 1.3B, cosine to 10 %, no warm-up (appendix C.1)."""
+    epochs: float = 1.0
+    """Passes over the rows; parts of one are allowed."""
+    batch_size: int = 32
+    """Conversations, or text windows, per optimizer step over all devices (InstructGPT: 32)."""
+    max_length: int = 2048
+    """Longest conversation in tokens (longer ones are cut by whole turns), or the length of a text window."""
+    evaluate_every: int = 0
+    """Optimizer steps between evaluations; 0 evaluates once per epoch."""
+    patience: int = 0
+    """Stop after this many evaluations without a lower held-out loss; 0 trains to the end."""
+    template: str = "auto"
+    """Chat template: auto (the model's own, proven), raw (contents only), or a jinja file."""
+    neftune_alpha: float = 0.0
+    """Uniform noise on the embeddings (NEFTune, arXiv 2310.05914: 5); 0 is off."""
+    dropout: float = 0.0
+    """Residual dropout of families that have it (InstructGPT: 0.2)."""
+    max_dropped_fraction: float = 0.1
+    """Largest share of rows that may be dropped for their length or for having nothing to train on."""
+    max_tokens_per_micro_batch: int = runtime(8192)
+    """Tokens per packed row on one device."""
+    checkpoint: CheckpointConfig = runtime_factory(CheckpointConfig)
+
+    def problems(self) -> list[str]:
+        return when(
+            (not self.model.path, "model.path is empty; a model folder, a hub id or '@stage' works"),
+            (not self.data.path, "data.path is empty; a file, a hub id, 'package.module:generator' or '@stage' works"),
+            (self.row_type not in ("demonstration", "text"), f"row_type={self.row_type!r} must be demonstration or text"),
+            (self.epochs <= 0, f"epochs={self.epochs} must be positive; 1 works"),
+            (self.batch_size < 1, f"batch_size={self.batch_size} must be at least 1; 32 works"),
+            (self.max_length < 2, f"max_length={self.max_length} must be at least 2; 2048 works"),
+            (self.evaluate_every < 0, f"evaluate_every={self.evaluate_every} must not be negative; 0 is once per epoch"),
+            (self.patience < 0, f"patience={self.patience} must not be negative; 0 trains to the end"),
+            (
+                self.patience > 0 and not self.validation.path,
+                f"patience={self.patience} needs validation.path: without held-out rows nothing tells when to stop; patience=0 works",
+            ),
+            (self.neftune_alpha < 0, f"neftune_alpha={self.neftune_alpha} must not be negative; 0 is off, 5 is the paper's"),
+            (not 0 <= self.dropout < 1, f"dropout={self.dropout} must lie in [0, 1); 0 works"),
+            (not 0 <= self.max_dropped_fraction <= 1, f"max_dropped_fraction={self.max_dropped_fraction} must lie in [0, 1]; 0.1 works"),
+            (
+                self.max_tokens_per_micro_batch < self.max_length,
+                f"max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} is below max_length={self.max_length}; {self.max_length} works",
+            ),
+        )
+
+
+class BestLoss:
+    """The lowest held-out loss so far, and how many evaluations ago it was seen."""
+
+    def __init__(self) -> None:
+        self.lowest = float("inf")
+        self.since = 0
+
+    def update(self, loss: float) -> None:
+        self.since = 0 if loss < self.lowest else self.since + 1
+        self.lowest = min(self.lowest, loss)
+
+    def state_dict(self) -> dict[str, float]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+def load_trees(config: SFTConfig, data: DataConfig, chat: Chat, run: Run) -> Sequence[Tree]:
+    """Tokenised rows: one root per conversation or text window."""
+    from posttrain.data.rows import read_rows
+    from posttrain.data.tokenized import demonstration_trees, text_windows
+
+    rows = read_rows(data, config.row_type)
+    if config.row_type == "text":
+        trees, kept = text_windows(rows, chat, config.max_length)
+    else:
+        trees, kept = demonstration_trees(rows, chat, config.max_length, max_dropped_fraction=config.max_dropped_fraction)
+    run.say(f"{data.path}: {kept}")
+    return trees
+
+
+def train(config: SFTConfig, run: Run) -> Path:
+    """Train on the rows and export the best model. Returns its folder."""
+    from posttrain.data.chat import Chat
+    from posttrain.data.sampler import Sampler
+    from posttrain.models.loading import load_causal_lm
+    from posttrain.models.model import set_dropout
+    from posttrain.ops import nll
+
+    engine = run.engine
+    chat = Chat.load(config.model.path, config.template)
+    trees = load_trees(config, config.data, chat, run)
+    held_out = load_trees(config, config.validation, chat, run) if config.validation.path else []
+    total_steps = max(1, round(config.epochs * len(trees) / config.batch_size))
+    evaluate_every = config.evaluate_every or max(1, len(trees) // config.batch_size)
+
+    model = load_causal_lm(config.model, chat.tokenizer)
+    model.neftune_alpha = config.neftune_alpha
+    set_dropout(model, config.dropout)
+    policy = engine.train(model, config.optimizer, total_steps, name="policy")
+    sampler = Sampler(len(trees), config.batch_size, run.seed)
+    best = BestLoss()
+    run.resume({"policy": policy}, sampler=sampler, best=best)
+
+    for step in run.steps(total_steps):
+        batch = engine.pack([trees[i] for i in sampler.take()], config.max_tokens_per_micro_batch)
+        with engine.update(policy) as update:
+            for micro in batch.micro_batches():
+                update.backward(nll(policy.logprobs(micro), micro.trainable), over=batch.num_tokens)
+        metrics = {"loss": update.terms["loss"], "lr": update.lr, "grad_norm": update.grad_norm, "epoch": sampler.epoch}
+
+        score = None
+        if held_out and ((step + 1) % evaluate_every == 0 or step + 1 == total_steps):
+            metrics["validation_loss"] = held_out_loss(policy, held_out, run, config.max_tokens_per_micro_batch)
+            best.update(metrics["validation_loss"])
+            score = -metrics["validation_loss"]
+        run.log(metrics, tokens=batch.size, optimizer_steps=1)
+        run.checkpoint(score=score)
+        if config.patience and best.since >= config.patience:
+            run.say(f"the held-out loss has not fallen for {best.since} evaluations; its best was {best.lowest:.4f}")
+            break
+
+    if held_out:
+        run.restore_best({"policy": policy})
+    return engine.export(policy, run.folder / "model", chat.tokenizer)
+
+
+def held_out_loss(policy: Any, trees: Sequence[Tree], run: Run, max_tokens: int) -> float:
+    """Mean -log pi per trainable token over held-out rows."""
+    from posttrain.engine.inference import infer
+
+    logprobs = infer(run.engine, policy, trees, ("logprobs",), max_tokens)["logprobs"]
+    return -sum(float(x.sum(dtype=x.double().dtype)) for x in logprobs) / sum(len(x) for x in logprobs)
+
+
+def preview(config: SFTConfig) -> list[tuple[str, bool]]:
+    """The first rows as (text, trained) pieces."""
+    from posttrain.data.chat import Chat
+    from posttrain.data.rows import read_rows
+
+    chat = Chat.load(config.model.path, config.template)
+    pieces: list[tuple[str, bool]] = []
+    for row in read_rows(replace(config.data, limit=3), config.row_type):
+        ids, trained = chat.text(row["text"]), None
+        if config.row_type == "demonstration":
+            ids, trained = chat.conversation(row["messages"], row.get("tools"))
+        pieces += chat.pieces(ids, trained)
+    return pieces
+
+
+def smoke(config: SFTConfig) -> SFTConfig:
+    """The same stage on 64 rows, for two optimizer steps."""
+    rows = replace(config.data, limit=64)
+    validation = replace(config.validation, limit=64)
+    return replace(config, data=rows, validation=validation, batch_size=32, epochs=1.0, patience=0)
