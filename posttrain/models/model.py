@@ -18,8 +18,8 @@ class PackedModel(nn.Module):
     """A transformers model that reads packed rows: a causal LM, or a sequence classifier with one label.
 
     `hf` is the transformers model; its LM head is replaced by one that shares its parameters. `calibration` (shift, scale)
-    maps the scalar head's output: values and scores are (raw - shift) / scale. `longest_row` is the length of path beyond
-    which packing would not be exact, or None. `neftune_alpha` adds NEFTune's noise to the embeddings in training mode.
+    maps the scalar head's output: values and scores are (raw - shift) / scale. `longest_row` is the length of conversation
+    beyond which packing would not be exact, or None. `neftune_alpha` adds NEFTune's noise to the embeddings in training mode.
     """
 
     def __init__(
@@ -83,20 +83,20 @@ class PackedModel(nn.Module):
 
     def hidden_states(self, forest: Forest) -> Tensor:
         """The final hidden states (N, d) of a packed row."""
-        structure = structure_for(forest, self.attention)
-        if self.longest_row is not None and structure.longest > self.longest_row:
-            raise ValueError(
-                f"a row of {structure.longest} tokens is longer than the {self.longest_row} that "
-                f"{type(self.hf).__name__} can be packed with; cut rows to max_length={self.longest_row}"
-            )
         noise = embedding_noise(forest, self.neftune_alpha) if self.training and self.neftune_alpha else None
-        return self.run_trunk(forest.input_ids, forest.position_ids, structure, noise)
+        return self.run_trunk(forest.input_ids, forest.position_ids, structure_for(forest, self.attention), noise)
 
     def run_trunk(self, input_ids: Tensor, position_ids: Tensor, structure: Structure, noise: Tensor | None = None) -> Tensor:
         """The final hidden states (N, d) of one row of `input_ids (N,)` under any attention structure.
 
-        `noise (N,)` is the half-width of uniform noise added to each token's embedding.
+        `noise (N,)` times 1 / sqrt(d) is the half-width of uniform noise added to each token's embedding.
+        Raises ValueError for a path longer than `longest_row`.
         """
+        if self.longest_row is not None and structure.longest > self.longest_row:
+            raise ValueError(
+                f"a conversation of {structure.longest} tokens is longer than the {self.longest_row} that "
+                f"{type(self.hf).__name__} can be trusted with; at most {self.longest_row} tokens work"
+            )
         if noise is None:
             inputs = {"input_ids": input_ids[None]}
         else:
@@ -104,6 +104,13 @@ class PackedModel(nn.Module):
             width = noise[:, None] / embedded.shape[-1] ** 0.5
             inputs = {"inputs_embeds": (embedded + torch.empty_like(embedded).uniform_(-1, 1) * width.to(embedded.dtype))[None]}
         return self.trunk(**inputs, position_ids=position_ids[None], use_cache=False, structure=structure).last_hidden_state[0]
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Recompute each layer's activations in the backward pass, or keep them. Only training mode recomputes."""
+        if on:
+            self.hf.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.hf.activation_checkpointing_disable()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (M, V) in fp32 from `hidden (M, d)`, with the family's own transform: what a sampler draws from."""
