@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from heapq import heapreplace
 
 import torch
 from torch import Tensor
@@ -216,38 +217,38 @@ def forest(trees: Sequence[Tree], *, dummy: bool = False) -> Forest:
 def plan(sizes: Sequence[int], max_tokens: int, world_size: int) -> list[list[list[int]]]:
     """Spread elements over ranks and micro-batches -> plan[rank][micro_batch] = element indices.
 
-    Every rank gets the same number of micro-batches (empty ones where the elements run out), no micro-batch exceeds
-    `max_tokens`, and tokens are balanced over ranks: first-fit-decreasing into rows, then the fullest remaining row goes
-    to the rank with the fewest tokens among those with a free place. A pure function of its arguments, so that every
-    rank computes the same plan.
+    Every rank gets the same number of micro-batches (empty ones where the elements run out), as few as will hold
+    everything; none exceeds `max_tokens`, and tokens are balanced: the largest element left goes to the emptiest row, the
+    fullest row left to the rank with the fewest tokens. A pure function, so that every rank computes the same plan.
+    Raises ValueError naming an element that fits in no row.
     """
     largest = max(sizes, default=0)
     if largest > max_tokens:
         row = list(sizes).index(largest)
         raise ValueError(f"max_tokens_per_micro_batch={max_tokens} is below element {row} with {largest} tokens; {largest} works")
-    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
-    # at least one row per rank while there are elements, so that nobody idles
-    goal = min(max_tokens, max(largest, -(-sum(sizes) // world_size)))
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for i in order:
-        place = next((r for r, free in enumerate(room) if free >= sizes[i]), None)
-        if place is None:
-            place = len(rows)
-            rows.append([])
-            room.append(goal)
-        rows[place].append(i)
-        room[place] -= sizes[i]
-
-    depth = -(-max(len(rows), 1) // world_size)
-    by_size = sorted(range(len(rows)), key=lambda r: (room[r], r))
+    depth = max(1, -(-sum(sizes) // (max_tokens * world_size)))
+    while (rows := _fill(sizes, max_tokens, depth * world_size)) is None:
+        depth += 1
     result: list[list[list[int]]] = [[] for _ in range(world_size)]
     load = [0] * world_size
-    for r in by_size:
+    for size, elements in sorted(rows, key=lambda row: (-row[0], row[1])):
         rank = min((k for k in range(world_size) if len(result[k]) < depth), key=lambda k: (load[k], k))
-        result[rank].append(sorted(rows[r]))
-        load[rank] += goal - room[r]
-    return [micro + [[]] * (depth - len(micro)) for micro in result]
+        result[rank].append(sorted(elements))
+        load[rank] += size
+    return result
+
+
+def _fill(sizes: Sequence[int], max_tokens: int, count: int) -> list[tuple[int, list[int]]] | None:
+    """Elements in `count` rows of at most `max_tokens` -> (tokens, elements) per row, or None when they don't fit this way."""
+    emptiest = [(0, row) for row in range(count)]  # a heap
+    rows: list[list[int]] = [[] for _ in range(count)]
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        size, row = emptiest[0]
+        if size + sizes[i] > max_tokens:
+            return None
+        heapreplace(emptiest, (size + sizes[i], row))
+        rows[row].append(i)
+    return [(size, rows[row]) for size, row in emptiest]
 
 
 @dataclass(frozen=True, eq=False)

@@ -217,7 +217,9 @@ def shape_scores(scores: Tensor, finished: Tensor, clip: float, missing_eos_scor
     return torch.where(finished, clipped, missing_eos_score)
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float) -> tuple[Tensor, dict[str, Tensor]]:
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum over `mask (N,)` of max(-A ratio, -A clip(ratio)) (arXiv 1707.06347, equation 7), and sums of its diagnostics."""
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
     ratio = log_ratio.exp()
@@ -383,9 +385,7 @@ def load_models(config: PPOConfig, chat: Chat, run: Run) -> tuple[TrainedModel, 
     return policy, reference, critic, engine.freeze(scorer, name="reward_model")
 
 
-def sample_responses(
-    config: PPOConfig, run: Run, policy: TrainedModel, chat: Chat, prompts: list[list[int]], iteration: int
-) -> Rollout:
+def sample_responses(config: PPOConfig, run: Run, policy: TrainedModel, chat: Chat, prompts: list[list[int]], iteration: int) -> Rollout:
     """One response to each prompt. Stops the run in good order when it is asked to while sampling."""
     from posttrain.rollout.local import SamplingInterrupted, sample
 
