@@ -1,7 +1,8 @@
-"""Sums over micro-batches and ranks, for metrics that must not depend on either."""
+"""What the updates of a step did, summed over micro-batches and ranks, so that metrics depend on neither."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from posttrain.engine.update import Update
     from posttrain.engine.world import World
 
 
@@ -20,12 +22,29 @@ class Tally:
 
     def add(self, values: Mapping[str, Tensor | float]) -> None:
         for name, value in values.items():
-            number = torch.as_tensor(value).detach().double().cpu()
+            number = torch.as_tensor(value).detach().double()
             self.sums[name] = self.sums[name] + number if name in self.sums else number
 
     def total(self, world: World) -> dict[str, float]:
         """The sums over all ranks, which start from nothing again."""
         names = sorted(self.sums)
-        summed = world.sum(torch.stack([self.sums[name] for name in names])) if names else torch.zeros(0)
+        summed = world.sum(torch.stack([self.sums[name].to(world.device) for name in names])).tolist() if names else []
         self.sums = {}
-        return dict(zip(names, summed.tolist()))
+        return dict(zip(names, summed))
+
+
+class UpdateLog:
+    """Means of what several updates report: losses per term, gradient norms, learning rate."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+
+    def add(self, update: Update, prefix: str = "") -> None:
+        numbers = {f"{prefix}grad_norm": math.nan if update.grad_norm is None else update.grad_norm, f"{prefix}lr": update.lr}
+        numbers |= {f"{prefix}{label}_loss" if label != "loss" else f"{prefix}loss": value for label, value in update.terms.items()}
+        numbers |= {f"{prefix}{label}_grad_norm": value for label, value in update.term_norms.items()}
+        for name, value in numbers.items():
+            self.values.setdefault(name, []).append(value)
+
+    def means(self) -> dict[str, float]:
+        return {name: sum(column) / len(column) for name, column in self.values.items()}

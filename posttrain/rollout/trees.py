@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor
 
 from posttrain.packing import Tree, segment
@@ -28,3 +29,13 @@ def response_trees(rollout: Rollout, chosen: Sequence[int] = (), fields: Mapping
         children = tuple(segment(rollout.responses[i], True, **{name: part[i] for name, part in parts.items()}) for i in ids)
         trees.append(Tree(segment(rollout.prompts[prompt]), children, index=prompt, response_ids=ids))
     return trees
+
+
+def minibatches(
+    rollout: Rollout, fields: Mapping[str, Tensor], minibatch_size: int, num_epochs: int, key: tuple[int, ...]
+) -> Iterator[list[Tree]]:
+    """`num_epochs` passes over the responses, each in an order of its own that depends on `key` only, cut into minibatches."""
+    for epoch in range(num_epochs):
+        order = np.random.default_rng([*key, epoch]).permutation(len(rollout.responses)).tolist()
+        for first in range(0, len(order), minibatch_size):
+            yield response_trees(rollout, order[first : first + minibatch_size], fields)

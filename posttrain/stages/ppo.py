@@ -19,7 +19,8 @@ reading), the reference is the policy that the stage started from, and there is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,20 +28,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from posttrain.config import (
-    CheckpointConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    SamplingConfig,
-    runtime,
-    runtime_factory,
-    when,
-)
-from posttrain.ops import kl_k1, kl_k3, nll, sum_by_length, whiten
+from posttrain.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, SamplingConfig, runtime, runtime_factory, when
 from posttrain.controllers import KLController, RunningScale
+from posttrain.ops import kl_k1, kl_k3, nll, sum_by_length, whiten
 
 if TYPE_CHECKING:
+    from posttrain.data.chat import Chat
+    from posttrain.engine.trained import FrozenModel, TrainedModel
     from posttrain.rollout.local import Rollout
     from posttrain.run import Run
 
@@ -130,13 +124,9 @@ class PPOConfig:
     checkpoint: CheckpointConfig = runtime_factory(CheckpointConfig)
 
     @property
-    def total_updates(self) -> int:
-        """Optimizer steps of the policy and of the critic, warm-up iterations of the critic included."""
-        return self.num_iterations * self.num_epochs * self.minibatches_per_epoch
-
-    @property
-    def minibatches_per_epoch(self) -> int:
-        return max(1, self.rollout_batch_size // max(1, self.minibatch_size))
+    def updates_per_iteration(self) -> int:
+        """Optimizer steps of each trained model in one iteration."""
+        return self.num_epochs * (self.rollout_batch_size // self.minibatch_size)
 
     def problems(self) -> list[str]:
         longest = max(self.max_prompt_length + self.sampling.max_new_tokens, self.ptx_window if self.ptx_coef else 0)
@@ -173,7 +163,7 @@ class PPOConfig:
             (self.sampling.temperature <= 0, "sampling.temperature=0 cannot explore; 1 works"),
             (
                 self.max_tokens_per_micro_batch < longest,
-                f"max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} is below the longest row of {longest} tokens; {longest} works",
+                f"max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} is below the longest row, {longest} tokens; {longest} works",
             ),
         )
 
@@ -230,7 +220,6 @@ def policy_loss(
             "ratio": (ratio * mask).sum(),
             "clip_fraction": ((-advantages * clipped > -advantages * ratio) & mask).sum(),
             "approx_kl": ((ratio - 1 - log_ratio) * mask).sum(),
-            "log_ratio_abs": log_ratio.abs().sum(),
         }
     return loss.sum(), stats
 
@@ -268,22 +257,28 @@ class Experience:
 
 
 def train(config: PPOConfig, run: Run) -> Path:
-    """Train the policy and its critic against the reward model. Returns the policy's folder; the critic is beside it."""
+    """Train the policy and its critic against the reward model. Returns the policy's folder; the critic's is beside it."""
     from posttrain.data.chat import Chat
     from posttrain.data.sampler import Sampler
+    from posttrain.engine.tally import Tally, UpdateLog
+    from posttrain.inputs import load_prompts, load_texts
+    from posttrain.rollout.start_checks import FirstStep
+    from posttrain.rollout.trees import minibatches
 
-    engine = run.engine
+    engine, budget, temperature = run.engine, config.max_tokens_per_micro_batch, config.sampling.temperature
     chat = Chat.load(config.policy.path, config.template)
-    prompts, windows = load_prompts(config, chat, run), load_windows(config, chat, run)
+    prompts = load_prompts(run, config.prompts, chat, config.max_prompt_length, config.sampling.system_prompt)
+    windows = load_texts(run, config.pretraining, chat, config.ptx_window) if config.ptx_coef else []
     policy, reference, critic, reward_model = load_models(config, chat, run)
-    prompt_sampler = Sampler(len(prompts), config.rollout_batch_size, run.seed)
-    ptx_sampler = Sampler(max(1, len(windows)), config.ptx_batch_size, run.seed + 1)
+    prompt_order = Sampler(len(prompts), config.rollout_batch_size, run.seed)
+    text_order = Sampler(max(1, len(windows)), config.ptx_batch_size, run.seed + 1)
     kl_control, scale = KLController(config.kl_coef, config.kl_target), RunningScale()
-    run.resume({"policy": policy, "critic": critic}, prompts=prompt_sampler, ptx=ptx_sampler, kl=kl_control, scale=scale)
+    run.resume({"policy": policy, "critic": critic}, prompts=prompt_order, texts=text_order, kl=kl_control, scale=scale)
+    first_step = FirstStep(policy, temperature)
 
     for iteration in run.iterations(config.num_iterations):
         # 1. trajectories: y ~ pi(.|x), then log-probabilities, values and scores under the four models
-        rollout = sample_responses(config, run, policy, chat, [prompts[i] for i in prompt_sampler.take()], iteration)
+        rollout = sample_responses(config, run, policy, chat, [prompts[i] for i in prompt_order.take()], iteration)
         experience = annotate(config, run, rollout, policy, reference, critic, reward_model)
 
         # 2. rewards: the score at the last token, - kl_coef * KL at every token
@@ -293,64 +288,51 @@ def train(config: PPOConfig, run: Run) -> Path:
 
         # 3. advantages; the returns keep their scale
         advantages, returns = gae(rewards, experience.values, experience.lengths, config.gamma, config.lam)
-        targets = {"advantages": whiten(advantages) if config.whiten_advantages else advantages, "returns": returns}
+        fields = {
+            "old_logprobs": experience.logprobs,
+            "old_values": experience.values,
+            "advantages": whiten(advantages) if config.whiten_advantages else advantages,
+            "returns": returns,
+        }
 
         # 4. epochs of minibatches: exactly ONE optimizer step of the policy, and one of the critic, per minibatch
-        log = IterationLog(config)
-        for minibatch in minibatches(config, run, experience, targets, iteration):
+        tally, log, began, done, tokens = Tally(), UpdateLog(), time.monotonic(), 0, rollout.num_tokens
+        for trees in minibatches(rollout, fields, config.minibatch_size, config.num_epochs, (run.seed, iteration)):
+            minibatch = engine.pack(trees, budget, splittable=True)
             if iteration >= config.critic_warmup_iterations:
-                text = engine.pack([windows[i] for i in ptx_sampler.take()] if config.ptx_coef else [], config.max_tokens_per_micro_batch)
-                if log.is_first_step(iteration):
-                    verify_start(policy, minibatch, config, run)
+                text = engine.pack([windows[i] for i in text_order.take()] if config.ptx_coef else [], budget)
+                first_step.before(minibatch)
                 with engine.update(policy) as update:
                     for micro in minibatch.micro_batches():
                         logprobs = policy.logprobs(micro, temperature=temperature)
                         loss, stats = policy_loss(logprobs, micro["old_logprobs"], micro["advantages"], micro.trainable, config.clip_range)
-                        update.backward(loss, over=minibatch.num_tokens, label="ppo")
-                        log.tally.add(stats)
+                        update.backward(loss, over=minibatch.num_tokens, label="policy")
+                        tally.add({**stats, "tokens": micro.trainable.sum()})
                     for micro in text.micro_batches():  # + ptx_coef * log pi(x)
                         loss = nll(policy.logprobs(micro), micro.trainable)
                         update.backward(loss, over=text.num_tokens, weight=config.ptx_coef, label="ptx")
-                log.policy_step(update, minibatch, text)
+                first_step.after(update.grad_norm, update.lr, update.stepped)
+                log.add(update)
+                tokens += text.size + minibatch.size
             with engine.update(critic) as update:
                 for micro in minibatch.micro_batches():
-                    loss = value_loss(critic.values(micro), micro["old_values"], micro["returns"], micro.trainable, config.value_clip_range)
+                    values = critic.values(micro)
+                    loss = value_loss(values, micro["old_values"], micro["returns"], micro.trainable, config.value_clip_range)
                     update.backward(loss, over=minibatch.num_tokens)
-            log.critic_step(update, minibatch)
-            run.heed_stop(seconds_left=log.seconds_left())
+            log.add(update, "critic_")
+            tokens, done = tokens + minibatch.size, done + 1
+            run.heed_stop(seconds_left=(time.monotonic() - began) / done * (config.updates_per_iteration - done))
 
         # 5. what happened
-        metrics = summary(experience, scores, rewards, returns) | log.metrics(run) | {"kl_coef": kl_control.coef}
+        metrics = summary(experience, scores, rewards, returns) | log.means() | per_token(tally.total(engine.world))
+        metrics |= {"kl_coef": kl_control.coef, "ptx_loss": metrics.pop("ptx_loss", 0.0) / (config.ptx_coef or 1)}
         kl_control.update(metrics["kl"], len(scores))
-        run.log(metrics, tokens=rollout.num_tokens + log.tokens, optimizer_steps=log.steps)
+        run.log(metrics, tokens=tokens, optimizer_steps=config.updates_per_iteration)
         run.samples(sample_rows(experience, chat, scores))
         run.checkpoint()
 
     engine.export(critic, run.folder / "critic", chat.tokenizer, extra_files=critic_files(critic))
     return engine.export(policy, run.folder / "model", chat.tokenizer, ema=config.ema_decay > 0)
-
-
-def load_prompts(config: PPOConfig, chat: Chat, run: Run) -> list[list[int]]:
-    """Prompt tokens, the system prompt included."""
-    from posttrain.data.rows import read_rows
-    from posttrain.data.tokenized import prompt_ids
-
-    rows = read_rows(config.prompts, "prompt")
-    prompts, kept = prompt_ids(rows, chat, config.max_prompt_length, config.sampling.system_prompt)
-    run.say(f"{config.prompts.path}: {kept}")
-    return prompts
-
-
-def load_windows(config: PPOConfig, chat: Chat, run: Run) -> Sequence[Tree]:
-    """Windows of pretraining text; none for plain PPO."""
-    from posttrain.data.rows import read_rows
-    from posttrain.data.tokenized import text_windows
-
-    if not config.ptx_coef:
-        return []
-    windows, kept = text_windows(read_rows(config.pretraining, "text"), chat, config.ptx_window)
-    run.say(f"{config.pretraining.path}: {kept}")
-    return windows
 
 
 def load_models(config: PPOConfig, chat: Chat, run: Run) -> tuple[TrainedModel, FrozenModel, TrainedModel, FrozenModel]:
@@ -361,32 +343,30 @@ def load_models(config: PPOConfig, chat: Chat, run: Run) -> tuple[TrainedModel, 
     from posttrain.data.chat import Chat
     from posttrain.models.loading import load_causal_lm, load_scalar_model, read_calibration
 
-    judge = Chat.load(config.reward_model.path, config.template)
-    if judge.digest != chat.digest:
+    if Chat.load(config.reward_model.path, config.template).digest != chat.digest:
         raise ValueError(
             f"reward_model.path={config.reward_model.path!r} has another tokenizer or template than policy.path={config.policy.path!r}; "
-            "a reward model trained from this policy's SFT model works"
+            "a reward model that started from this policy's SFT model works"
         )
     engine = run.engine
-    policy = engine.train(
-        load_causal_lm(config.policy, chat.tokenizer),
-        config.policy_optimizer,
-        config.policy_updates,
-        name="policy",
-        ema_decay=config.ema_decay,
-    )
-    reference = engine.freeze(load_causal_lm(config.policy, chat.tokenizer), name="reference")
-    scorer, starting_critic = (load_scalar_model(config.reward_model, fresh_head=False, seed=run.seed) for _ in range(2))
+    policy_updates = (config.num_iterations - config.critic_warmup_iterations) * config.updates_per_iteration
+    critic_updates = config.num_iterations * config.updates_per_iteration
+    starting_policy, reference = (load_causal_lm(config.policy, chat.tokenizer) for _ in range(2))
+    starting_critic, scorer = (load_scalar_model(config.reward_model, fresh_head=False, seed=run.seed) for _ in range(2))
     if config.score.scaling == "calibration":
         # the critic predicts scores, so it starts on their scale
-        calibration = read_calibration(config.reward_model.path)
-        scorer.calibration = starting_critic.calibration = (calibration["bias"], calibration["std"])
-    critic = engine.train(starting_critic, config.critic_optimizer, config.critic_updates, name="critic")
-    return policy, reference, critic, engine.freeze(scorer, name="reward_model")
+        stored = read_calibration(config.reward_model.path)
+        scorer.calibration = starting_critic.calibration = (stored["bias"], stored["std"])
+    return (
+        engine.train(starting_policy, config.policy_optimizer, policy_updates, name="policy", ema_decay=config.ema_decay),
+        engine.freeze(reference, name="reference"),
+        engine.train(starting_critic, config.critic_optimizer, critic_updates, name="critic"),
+        engine.freeze(scorer, name="reward_model"),
+    )
 
 
 def sample_responses(config: PPOConfig, run: Run, policy: TrainedModel, chat: Chat, prompts: list[list[int]], iteration: int) -> Rollout:
-    """One response to each prompt. Stops the run in good order when it is asked to while sampling."""
+    """One response to each prompt. Ends the run in good order when it is asked to stop while sampling."""
     from posttrain.rollout.local import SamplingInterrupted, sample
 
     try:
@@ -439,76 +419,11 @@ def annotate(
     )
 
 
-def minibatches(config: PPOConfig, run: Run, experience: Experience, targets: dict[str, Tensor], iteration: int) -> Iterator[PackedBatch]:
-    """`num_epochs` passes over the responses in an order of their own, each cut into minibatches over all ranks."""
-    from posttrain.rollout.trees import response_trees
-
-    fields = {"old_logprobs": experience.logprobs, "old_values": experience.values, **targets}
-    for epoch in range(config.num_epochs):
-        generator = torch.Generator().manual_seed(((run.seed * 1_000_003 + iteration) * 1_000 + epoch) % 2**63)
-        order = torch.randperm(len(experience.lengths), generator=generator)
-        for chosen in order.split(config.minibatch_size):
-            trees = response_trees(experience.rollout, chosen.tolist(), fields)
-            yield run.engine.pack(trees, config.max_tokens_per_micro_batch, splittable=True)
-
-
-def verify_start(policy: TrainedModel, minibatch: PackedBatch, config: PPOConfig, run: Run) -> None:
-    """Before the first step the policy must give its own samples the ratio 1. Raises RuntimeError when it doesn't.
-
-    A mean |log ratio| above 1e-4 (fp32) or 2e-2 (bf16) means that training mode computes another distribution than the
-    one that was sampled from: dropout, another temperature, another dtype.
-    """
-    tally = Tally()
-    with torch.no_grad():
-        for micro in minibatch.micro_batches():
-            logprobs = policy.logprobs(micro, temperature=config.sampling.temperature)
-            tally.add({"distance": torch.where(micro.trainable, logprobs - micro["old_logprobs"], 0).abs().sum()})
-    distance = tally.total(run.engine.world)["distance"] / minibatch.num_tokens
-    is_bf16 = next(policy.module.parameters()).dtype == torch.bfloat16
-    limit = 2e-2 if is_bf16 else 1e-4
-    if not distance < limit:
-        raise RuntimeError(
-            f"before the first step the policy's mean |log ratio| to its own samples is {distance:.2e}, above {limit:.0e}: "
-            "the trained distribution is not the sampled one"
-        )
-
-
-class IterationLog:
-    """What the updates of one iteration did; metrics are means over its minibatches."""
-
-    def __init__(self, config: PPOConfig) -> None:
-        self.tally = Tally()
-        self.minibatches = config.num_epochs * config.minibatches_per_epoch
-        self.began = time.monotonic()
-        self.tokens = self.steps = self.critic_steps = self.counted = 0
-        self.updates: list[dict[str, float]] = []
-
-    def policy_step(self, update: Update, minibatch: PackedBatch, text: PackedBatch) -> None:
-        self.steps += 1
-        self.tokens += minibatch.size + text.size
-        self.counted += minibatch.num_tokens
-        self.updates.append({f"{name}_loss": loss for name, loss in update.terms.items()})
-        self.updates[-1] |= {f"{name}_grad_norm": norm for name, norm in update.term_norms.items()}
-        self.updates[-1] |= {"grad_norm": update.grad_norm or math.nan, "lr": update.lr}
-
-    def critic_step(self, update: Update, minibatch: PackedBatch) -> None:
-        self.critic_steps += 1
-        self.tokens += minibatch.size
-        self.updates.append({"value_loss": update.terms["loss"], "critic_grad_norm": update.grad_norm or math.nan})
-
-    def seconds_left(self) -> float:
-        """What the rest of the iteration's updates will take, measured on those that are done."""
-        return (time.monotonic() - self.began) / max(1, self.critic_steps) * (self.minibatches - self.critic_steps)
-
-    def metrics(self, run: Run) -> dict[str, float]:
-        names = sorted({name for update in self.updates for name in update})
-        values = {name: [update[name] for update in self.updates if name in update] for name in names}
-        means = {name: sum(column) / len(column) for name, column in values.items()}
-        return means | {name: total / self.counted for name, total in self.tally.total(run.engine.world).items()}
+# --- what is said about an iteration
 
 
 def summary(experience: Experience, scores: Tensor, rewards: Tensor, returns: Tensor) -> dict[str, float]:
-    """The rollout's diagnostics: means over responses, or over response tokens where the name says so."""
+    """The rollout's diagnostics: means over responses (score, reward, kl in nats, length) or over tokens (entropy)."""
     lengths = experience.lengths
     kl = sum_by_length(kl_k1(experience.logprobs, experience.ref_logprobs), lengths)
     k3 = sum_by_length(kl_k3(experience.logprobs, experience.ref_logprobs), lengths)
@@ -523,3 +438,41 @@ def summary(experience: Experience, scores: Tensor, rewards: Tensor, returns: Te
         "share_finished": float(experience.finished.float().mean()),
         "value_explained_variance": explained_variance(experience.values, returns),
     }
+
+
+def per_token(totals: dict[str, float]) -> dict[str, float]:
+    """Means over tokens from sums and their count."""
+    tokens = totals.pop("tokens", 0.0)
+    return {name: total / tokens for name, total in totals.items()}
+
+
+def sample_rows(experience: Experience, chat: Chat, scores: Tensor, count: int = 4) -> list[dict[str, Any]]:
+    """The first responses of an iteration, for people to read."""
+    rollout = experience.rollout
+    kl = sum_by_length(kl_k1(experience.logprobs, experience.ref_logprobs), experience.lengths)
+    return [
+        {
+            "prompt": chat.decode(rollout.prompts[int(rollout.prompt_of[i])]),
+            "response": chat.decode_response(rollout.responses[i]),
+            "score": float(scores[i]),
+            "kl": float(kl[i]),
+            "finished": rollout.finished[i],
+        }
+        for i in range(min(count, len(rollout.responses)))
+    ]
+
+
+def critic_files(critic: TrainedModel) -> dict[str, str]:
+    """The critic's own calibration, so that its folder reads as a reward model with the critic's values."""
+    import json
+
+    shift, scale = critic.module.calibration
+    return {"reward_calibration.json": json.dumps({"bias": shift, "mean": 0.0, "std": scale})}
+
+
+def smoke(config: PPOConfig) -> PPOConfig:
+    """The same stage for two iterations of 32 responses, on 64 rows."""
+    small = {name: replace(getattr(config, name), limit=64) for name in ("prompts", "pretraining")}
+    sampling = replace(config.sampling, max_new_tokens=min(16, config.sampling.max_new_tokens))
+    sizes = {"num_iterations": 2, "rollout_batch_size": 32, "minibatch_size": 16, "num_epochs": 1, "ptx_batch_size": 16}
+    return replace(config, **small, **sizes, sampling=sampling, critic_warmup_iterations=0)

@@ -81,7 +81,7 @@ class RewardModelConfig:
             (not 0 <= self.max_dropped_fraction <= 1, f"max_dropped_fraction={self.max_dropped_fraction} must lie in [0, 1]; 0.1 works"),
             (
                 self.max_tokens_per_micro_batch < self.max_length,
-                f"max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} is below max_length={self.max_length}; {self.max_length} works",
+                f"max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} must be at least max_length={self.max_length}",
             ),
         )
 
@@ -96,7 +96,7 @@ def bradley_terry(scores: Tensor, ranks: Sequence[int], margin: float = 0.0, cen
     if not pairs:
         return scores.sum() * 0
     winners, losers = (torch.tensor(side, device=scores.device) for side in zip(*pairs))
-    distance = torch.tensor([float(ranks[l] - ranks[w]) for w, l in pairs], device=scores.device)
+    distance = torch.tensor([float(ranks[loser] - ranks[winner]) for winner, loser in pairs], device=scores.device)
     won, lost = scores[winners], scores[losers]
     loss = -F.logsigmoid(won - lost - margin * distance) + centering_coef * (won + lost) ** 2
     return loss.sum() / (len(scores) * (len(scores) - 1) / 2)
@@ -110,7 +110,7 @@ def ranking_loss(scores: Tensor, micro: Forest, margin: float = 0.0, centering_c
 
 def count_correct(scores: Sequence[Tensor], trees: Sequence[Tree]) -> tuple[int, int]:
     """(correctly ordered pairs, pairs) from the scores (K,) of each element; equal scores are not correct."""
-    orders = [[bool(s[w] > s[l]) for w, l in ordered_pairs(tree.ranks)] for s, tree in zip(scores, trees)]
+    orders = [[bool(s[i] > s[j]) for i, j in ordered_pairs(tree.ranks)] for s, tree in zip(scores, trees)]
     return sum(map(sum, orders)), sum(map(len, orders))
 
 
@@ -118,12 +118,14 @@ def train(config: RewardModelConfig, run: Run) -> Path:
     """Train on the comparisons, calibrate on held-out rows, export. Returns the model folder."""
     from posttrain.data.chat import Chat
     from posttrain.data.sampler import Sampler
+    from posttrain.inputs import load_comparisons
     from posttrain.models.loading import load_scalar_model
 
     engine = run.engine
     chat = Chat.load(config.model.path, config.template)
-    trees = load_comparisons(config, config.data, chat, run)
-    held_out = load_comparisons(config, config.validation, chat, run) if config.validation.path else []
+    limits = (chat, config.max_length, config.max_dropped_fraction)
+    trees = load_comparisons(run, config.data, *limits)
+    held_out = load_comparisons(run, config.validation, *limits) if config.validation.path else []
     total_steps = max(1, round(config.epochs * len(trees) / config.batch_size))
 
     module = load_scalar_model(config.model, fresh_head=True, seed=run.seed)
@@ -150,17 +152,6 @@ def train(config: RewardModelConfig, run: Run) -> Path:
     return engine.export(model, run.folder / "model", chat.tokenizer, extra_files={"reward_calibration.json": calibration})
 
 
-def load_comparisons(config: RewardModelConfig, data: DataConfig, chat: Chat, run: Run) -> Sequence[Tree]:
-    """One tree per comparison: the prompt, its K responses, their ranks."""
-    from posttrain.data.rows import read_rows
-    from posttrain.data.tokenized import comparison_trees
-
-    rows = read_rows(data, "comparison")
-    trees, kept = comparison_trees(rows, chat, config.max_length, max_dropped_fraction=config.max_dropped_fraction)
-    run.say(f"{data.path}: {kept}")
-    return trees
-
-
 def score_trees(model: Any, trees: Sequence[Tree], run: Run, config: RewardModelConfig) -> list[Tensor]:
     """The scores (K,) of each element's responses."""
     from posttrain.engine.inference import infer
@@ -184,14 +175,12 @@ def calibrate(model: Any, trees: Sequence[Tree], chat: Chat, config: RewardModel
     """
     import json
 
-    from posttrain.data.rows import read_rows
-    from posttrain.data.tokenized import demonstration_trees
     from posttrain.evaluation.statistics import spearman
+    from posttrain.inputs import load_demonstrations
 
     bias = 0.0
     if config.demonstrations.path:
-        rows = read_rows(config.demonstrations, "demonstration")
-        demonstrations, _ = demonstration_trees(rows, chat, config.max_length, max_dropped_fraction=config.max_dropped_fraction)
+        demonstrations = load_demonstrations(run, config.demonstrations, chat, config.max_length, config.max_dropped_fraction)
         bias = float(torch.cat(score_trees(model, demonstrations, run, config)).mean())
     scores = [x - bias for x in score_trees(model, trees, run, config)]
     flat = torch.cat(scores)

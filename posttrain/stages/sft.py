@@ -84,7 +84,7 @@ class SFTConfig:
             (not 0 <= self.max_dropped_fraction <= 1, f"max_dropped_fraction={self.max_dropped_fraction} must lie in [0, 1]; 0.1 works"),
             (
                 self.max_tokens_per_micro_batch < self.max_length,
-                f"max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} is below max_length={self.max_length}; {self.max_length} works",
+                f"max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} must be at least max_length={self.max_length}",
             ),
         )
 
@@ -107,18 +107,13 @@ class BestLoss:
         vars(self).update(state)
 
 
-def load_trees(config: SFTConfig, data: DataConfig, chat: Chat, run: Run) -> Sequence[Tree]:
-    """Tokenised rows: one root per conversation or text window."""
-    from posttrain.data.rows import read_rows
-    from posttrain.data.tokenized import demonstration_trees, text_windows
+def load_rows(config: SFTConfig, data: DataConfig, chat: Chat, run: Run) -> list[Tree]:
+    """One root per conversation, or per text window."""
+    from posttrain.inputs import load_demonstrations, load_texts
 
-    rows = read_rows(data, config.row_type)
     if config.row_type == "text":
-        trees, kept = text_windows(rows, chat, config.max_length)
-    else:
-        trees, kept = demonstration_trees(rows, chat, config.max_length, max_dropped_fraction=config.max_dropped_fraction)
-    run.say(f"{data.path}: {kept}")
-    return trees
+        return load_texts(run, data, chat, config.max_length)
+    return load_demonstrations(run, data, chat, config.max_length, config.max_dropped_fraction)
 
 
 def train(config: SFTConfig, run: Run) -> Path:
@@ -131,8 +126,8 @@ def train(config: SFTConfig, run: Run) -> Path:
 
     engine = run.engine
     chat = Chat.load(config.model.path, config.template)
-    trees = load_trees(config, config.data, chat, run)
-    held_out = load_trees(config, config.validation, chat, run) if config.validation.path else []
+    trees = load_rows(config, config.data, chat, run)
+    held_out = load_rows(config, config.validation, chat, run) if config.validation.path else []
     total_steps = max(1, round(config.epochs * len(trees) / config.batch_size))
     evaluate_every = config.evaluate_every or max(1, len(trees) // config.batch_size)
 
@@ -173,21 +168,6 @@ def held_out_loss(policy: Any, trees: Sequence[Tree], run: Run, max_tokens: int)
 
     logprobs = infer(run.engine, policy, trees, ("logprobs",), max_tokens)["logprobs"]
     return -sum(float(x.sum(dtype=x.double().dtype)) for x in logprobs) / sum(len(x) for x in logprobs)
-
-
-def preview(config: SFTConfig) -> list[tuple[str, bool]]:
-    """The first rows as (text, trained) pieces."""
-    from posttrain.data.chat import Chat
-    from posttrain.data.rows import read_rows
-
-    chat = Chat.load(config.model.path, config.template)
-    pieces: list[tuple[str, bool]] = []
-    for row in read_rows(replace(config.data, limit=3), config.row_type):
-        ids, trained = chat.text(row["text"]), None
-        if config.row_type == "demonstration":
-            ids, trained = chat.conversation(row["messages"], row.get("tools"))
-        pieces += chat.pieces(ids, trained)
-    return pieces
 
 
 def smoke(config: SFTConfig) -> SFTConfig:

@@ -1,0 +1,46 @@
+"""From a data config to what a stage trains on: rows are read, tokenised once, kept on disk, and counted aloud."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from posttrain.data.rows import read_rows
+from posttrain.data.tokenized import comparison_trees, demonstration_trees, prompt_ids, text_windows
+
+if TYPE_CHECKING:
+    from posttrain.config import DataConfig
+    from posttrain.data.chat import Chat
+    from posttrain.packing import Tree
+    from posttrain.run import Run
+
+
+def load_demonstrations(run: Run, data: DataConfig, chat: Chat, max_length: int, max_dropped_fraction: float) -> list[Tree]:
+    """One root per conversation, the assistant's tokens trained."""
+    rows = read_rows(data, "demonstration")
+    return _said(run, data, *demonstration_trees(rows, chat, max_length, max_dropped_fraction=max_dropped_fraction, **_kept_by(run)))
+
+
+def load_texts(run: Run, data: DataConfig, chat: Chat, window: int) -> list[Tree]:
+    """Windows of `window` tokens over all documents, every token but the first trained."""
+    return _said(run, data, *text_windows(read_rows(data, "text"), chat, window, **_kept_by(run)))
+
+
+def load_comparisons(run: Run, data: DataConfig, chat: Chat, max_length: int, max_dropped_fraction: float) -> list[Tree]:
+    """One tree per comparison: the prompt, its K responses, their ranks."""
+    rows = read_rows(data, "comparison")
+    return _said(run, data, *comparison_trees(rows, chat, max_length, max_dropped_fraction=max_dropped_fraction, **_kept_by(run)))
+
+
+def load_prompts(run: Run, data: DataConfig, chat: Chat, max_length: int, system_prompt: str) -> list[list[int]]:
+    """Token ids of every prompt, what asks the assistant to speak included."""
+    rows = read_rows(data, "prompt")
+    return _said(run, data, *prompt_ids(rows, chat, max_length, system_prompt, **_kept_by(run)))
+
+
+def _kept_by(run: Run) -> dict[str, Any]:
+    return {"cache": run.cache, "world": run.engine.world}
+
+
+def _said(run: Run, data: DataConfig, items: Any, kept: Any) -> Any:
+    run.say(f"{data.path}{f' ({data.split})' if data.split else ''}: {kept}")
+    return items

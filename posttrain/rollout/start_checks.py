@@ -1,0 +1,62 @@
+"""What must hold around the first optimizer step of a run, or hours are spent on a policy that doesn't learn what it samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from posttrain.engine.tally import Tally
+
+if TYPE_CHECKING:
+    from posttrain.engine.trained import TrainedModel
+    from posttrain.packing import PackedBatch
+
+
+class FirstStep:
+    """Around the first update of a fresh run: `before(...)`, the update, `after(...)`. Both raise RuntimeError and say why.
+
+    Before, the policy in training mode must give its own samples the ratio 1: a mean |log ratio| above 1e-4 (fp32) or
+    2e-2 (bf16) means dropout, another temperature or another dtype. After a step with a learning rate above 0 the
+    gradient norm is positive and the master weights have changed.
+    """
+
+    def __init__(self, policy: TrainedModel, temperature: float) -> None:
+        self.policy, self.temperature = policy, temperature
+        self.is_due = policy.steps == 0
+        self._checksum = 0.0
+
+    def before(self, minibatch: PackedBatch) -> None:
+        if not self.is_due:
+            return
+        tally = Tally()
+        with torch.no_grad():
+            for micro in minibatch.micro_batches():
+                logprobs = self.policy.logprobs(micro, temperature=self.temperature)
+                tally.add({"distance": torch.where(micro.trainable, logprobs - micro["old_logprobs"], 0).abs().sum()})
+        distance = tally.total(self.policy.world)["distance"] / minibatch.num_tokens
+        limit = 2e-2 if next(self.policy.module.parameters()).dtype == torch.bfloat16 else 1e-4
+        if not distance < limit:
+            raise RuntimeError(
+                f"before the first step {self.policy.name}'s mean |log ratio| to its own samples is {distance:.2e}, not below {limit:.0e}: "
+                "what is trained is not what was sampled from"
+            )
+        self._checksum = self._weights()
+
+    def after(self, grad_norm: float | None, lr: float, stepped: bool) -> None:
+        if not self.is_due or not stepped:
+            return
+        self.is_due = False
+        if lr > 0 and not (grad_norm and grad_norm > 0):
+            raise RuntimeError(f"the first step of {self.policy.name} had gradient norm {grad_norm}: no response was better than another")
+        if lr > 0 and self._weights() == self._checksum:
+            raise RuntimeError(f"the first step of {self.policy.name} with lr={lr:.1e} changed no weight: the optimizer is not connected")
+
+    def _weights(self) -> float:
+        """A number that changes when the master weights do."""
+        return self.policy.world.sum(sum(_moment(self.policy.backend.masters())))
+
+
+def _moment(tensors: Iterable[torch.Tensor]) -> Iterable[float]:
+    return (float(t.double().abs().sum()) for t in tensors)
