@@ -62,7 +62,7 @@ class SamplingProgress:
     seconds_left: float
 
 
-class SamplingInterruptedError(Exception):
+class SamplingInterrupted(Exception):  # noqa: N818  it is no error
     """Raised on every rank when `interrupted()` was true on any of them: the rollout was given up."""
 
 
@@ -88,11 +88,11 @@ def sample(
     At temperature 0 the likeliest token is taken and log-probabilities are those at temperature 1.
     Every rank must call it. Raises ValueError on prompts that are empty or don't fit, alike on every rank.
     """
-    prompts = [list(prompt) for prompt in prompts]
-    check_prompts(prompts, config, model.module.longest_row)
+    asked = [list(prompt) for prompt in prompts]
+    check_prompts(asked, config, model.module.longest_row)
     if config.stop and decode is None:
-        raise ValueError(f"stop={config.stop} needs decode=, the function that turns token ids into text; chat.decode_response works")
-    lengths = [len(prompt) for prompt in prompts]
+        raise ValueError(f"stop={config.stop} needs decode=, the function that turns token ids into text; chat.decode works")
+    lengths = [len(prompt) for prompt in asked]
     ends = Ending(stop_ids, config.stop, decode)
     mine = share(lengths, samples_per_prompt, world.size)[world.rank]
     meter = _Meter(len(mine), config.max_new_tokens, progress)
@@ -101,22 +101,22 @@ def sample(
     with model.gathered(), torch.inference_mode():
         for wave in waves(mine, lengths, config):
             keys = [(seed, iteration, first_prompt + prompt, number) for prompt, number in wave]
-            decoder = Decoder(model.module, [prompts[p] for p, _ in wave], [p for p, _ in wave], keys, config, world.device)
+            decoder = Decoder(model.module, [asked[p] for p, _ in wave], [p for p, _ in wave], keys, config, world.device)
             stopped = not decoder.run(ends, meter, interrupted)
             sampled += decoder.responses
             if stopped:
                 break
     places = [prompt * samples_per_prompt + number for prompt, number in mine]
-    payload = [(place, r.tokens, np.asarray(r.logprobs, dtype=np.float32), r.finished) for place, r in zip(places, sampled)]
+    share_of_it = [(place, r.tokens, np.asarray(r.logprobs, dtype=np.float32), r.finished) for place, r in zip(places, sampled)]
     # one collective whatever happened, so that a rank that was interrupted doesn't leave the others waiting
-    gathered = world.gather((stopped, payload), "gathering responses")
+    gathered = world.gather((stopped, share_of_it), "gathering responses")
     if any(flag for flag, _ in gathered):
-        raise SamplingInterruptedError("sampling was interrupted; nothing of this rollout is kept")
+        raise SamplingInterrupted("sampling was interrupted; nothing of this rollout is kept")
     everything = sorted((item for _, part in gathered for item in part), key=lambda item: item[0])
     return Rollout(
-        prompts=prompts,
+        prompts=asked,
         responses=[tokens for _, tokens, _, _ in everything],
-        prompt_of=torch.arange(len(prompts)).repeat_interleave(samples_per_prompt),
+        prompt_of=torch.arange(len(asked)).repeat_interleave(samples_per_prompt),
         logprobs=[torch.from_numpy(logprobs) for _, _, logprobs, _ in everything],
         finished=[finished for *_, finished in everything],
     )
