@@ -76,9 +76,9 @@ class Template:
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Mapping] | None, prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         try:
-            texts, spans = render_jinja_template(
-                conversations=[list(messages)],
-                tools=list(tools) if tools else None,
+            rendered: Any = render_jinja_template(
+                conversations=[[dict(message) for message in messages]],
+                tools=[dict(tool) for tool in tools] if tools else None,
                 chat_template=self.source,
                 add_generation_prompt=prompt,
                 return_assistant_tokens_mask=self.marks_turns,
@@ -87,7 +87,8 @@ class Template:
         except (TemplateError, TypeError) as error:
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise ValueError(f"the chat template refuses these messages (roles: {roles or 'none'}): {error}") from None
-        return str(texts[0]), list(spans[0]) if self.marks_turns else []
+        (text,), (spans, *_) = rendered[0], rendered[1] or [[]]
+        return text, spans if self.marks_turns else []
 
     def pieces(self, messages: Sequence[Message], tools: Sequence[Mapping] | None = None, *, prompt: bool = False) -> list[Piece]:
         """Cut a conversation at the borders of its assistant's turns.

@@ -1,0 +1,333 @@
+"""Where rows come from: local files and folders, the hub, Python generators, reasoning_gym's tasks.
+
+A source is one string, the `path` of a `DataConfig`:
+
+    rows.jsonl, rows.json, rows.csv, rows.tsv, rows.parquet (.jsonl and .json also as .gz)
+    a/folder                                          its rows.jsonl, or the files of the split, or all its data files
+    openai/gsm8k?name=main&revision=COMMIT            a data set of the hub
+    package.module:function?size=200                  a function that returns or yields rows; it may take `split`
+    reasoning_gym:chain_sum+letter_counting?size=200&seed=3&chain_sum.max_terms=3
+
+A split may be a slice of itself, "train[:90%]" or "train[1000:]", of every source alike.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import importlib.metadata
+import inspect
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+from urllib.parse import parse_qsl
+
+from posttrain.config import DataConfig, did_you_mean, resolve
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".json.gz")
+SPLITS = ("train", "validation", "valid", "dev", "eval", "test")
+_SLICE = re.compile(r"(?P<name>[\w.-]+)(\[(?P<start>\d+%?)?:(?P<stop>\d+%?)?\])?")
+_FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_GYM = "reasoning_gym"
+
+
+class Item(NamedTuple):
+    """A row with the name of its file (or other source) and its number there, counted from 1."""
+
+    row: dict[str, Any]
+    source: str
+    number: int
+
+
+def read_source(config: DataConfig) -> list[dict[str, Any]]:
+    """The raw rows of a source, unchecked. Raises ValueError naming the file and line that can't be read."""
+    return [item.row for item in read_items(config)]
+
+
+def read_items(config: DataConfig) -> list[Item]:
+    """The raw rows of a source with where they stand. Raises ValueError for a source without rows."""
+    name, start, stop = split_of(config.split)
+    items = _items(config.path, name)
+    if start or stop:
+        known = list(items)
+        items = iter(known[_place(start, len(known), 0) : _place(stop, len(known), len(known))])
+    result = list(itertools.islice(items, config.limit or None))
+    if not result:
+        raise ValueError(f"{config.path} (split {config.split!r}) has no rows; at least 1 is needed")
+    return result
+
+
+def split_of(split: str) -> tuple[str, str, str]:
+    """("train", "", "90%") of "train[:90%]". Raises ValueError."""
+    found = _SLICE.fullmatch(split)
+    if not found:
+        raise ValueError(f"split={split!r} is not a split's name or a slice of one; 'train' and 'train[:90%]' work")
+    return found["name"], found["start"] or "", found["stop"] or ""
+
+
+def content_digest(config: DataConfig) -> str:
+    """sha256 of what the source holds: files by their bytes, functions by their module's text, the hub by its commit.
+
+    Raises ValueError when the source isn't there or the hub can't be asked.
+    """
+    digest = hashlib.sha256()
+    for part in _identity(config.path, split_of(config.split)[0]):
+        digest.update(part.encode() + b"\0")
+    if ":" in config.format:
+        digest.update(_module_text(resolve(config.format)).encode())
+    return digest.hexdigest()
+
+
+# --- which kind of source a path is
+
+
+def _items(path: str, split: str) -> Iterator[Item]:
+    """All rows of a split, one after another."""
+    local = Path(path).expanduser()
+    name, query = _with_query(path)
+    if local.is_file():
+        yield from _read_file(local)
+    elif local.is_dir():
+        for file in files_of_split(local, split):
+            yield from _read_file(file)
+    elif name.startswith(_GYM + ":"):
+        _only_train(path, split, "another seed makes other rows: reasoning_gym:...&seed=1")
+        yield from _number(path, gym_rows(name.removeprefix(_GYM + ":"), query))
+    elif _FUNCTION.fullmatch(name):
+        yield from _number(path, _call(name, query, split))
+    else:
+        _check_hub_name(path, name)
+        yield from _number(path, _hub_rows(name, query, split))
+
+
+def _identity(path: str, split: str) -> Iterator[str]:
+    local = Path(path).expanduser()
+    name, query = _with_query(path)
+    if local.exists():
+        for file in [local] if local.is_file() else files_of_split(local, split):
+            with open(file, "rb") as content:
+                yield f"{file.suffix} {hashlib.file_digest(content, 'sha256').hexdigest()}"
+        return
+    yield from (path, split)
+    if name.startswith(_GYM + ":"):
+        yield importlib.metadata.version("reasoning-gym")
+    elif _FUNCTION.fullmatch(name):
+        yield _module_text(resolve(name))
+    else:
+        _check_hub_name(path, name)
+        yield _hub_commit(name, query)
+
+
+def _with_query(path: str) -> tuple[str, dict[str, Any]]:
+    """("name", {"size": 200}) of "name?size=200": values are JSON where they can be, else text."""
+    name, _, query = path.partition("?")
+    return name, {key: _value(value) for key, value in parse_qsl(query)}
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _check_hub_name(path: str, name: str) -> None:
+    if not name:
+        raise ValueError("path='' names no data; a file, a hub id or package.module:function works")
+    if name.startswith("@"):
+        raise ValueError(f"path={path!r} is the output of another stage; it only has a meaning inside a pipeline")
+    looks_local = name.startswith(("/", "./", "../", "~")) or name.endswith(SUFFIXES) or name.count("/") > 1
+    if looks_local:
+        folder = Path(name).expanduser().parent
+        near = (
+            did_you_mean(Path(name).name, (file.name for file in folder.iterdir())) if folder.is_dir() else f"; there is no folder {folder}"
+        )
+        raise ValueError(f"path={path!r}: there is no such file or folder{near}")
+
+
+def _only_train(path: str, split: str, advice: str) -> None:
+    if split != "train":
+        raise ValueError(f"split={split!r}: {path} has no splits; {advice}")
+
+
+def _number(source: str, rows: Iterable[Any]) -> Iterator[Item]:
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{source}, row {number}: a row is an object with columns, not {type(row).__name__} {str(row)[:40]!r}")
+        yield Item(dict(row), source, number)
+
+
+# --- files
+
+
+def files_of_split(folder: Path, split: str) -> list[Path]:
+    """A folder's data files: rows.jsonl if there is one, else those of the split, else all where none is named for a split."""
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name.endswith(SUFFIXES))
+    names = {file: file.name.split(".")[0] for file in files}
+    of_split = [file for file in files if re.fullmatch(rf"{re.escape(split)}(-\d+(-of-\d+)?)?", names[file])]
+    alone = [file for file in files if file.name == "rows.jsonl"]
+    if of_split or (alone and split == "train"):
+        return of_split or alone
+    if split != "train" or not files or any(name.split("-")[0] in SPLITS for name in names.values()):
+        there = ", ".join(file.name for file in files) or "no data file"
+        raise ValueError(f"split={split!r}: {folder} has {there}; a file named {split}.jsonl works")
+    return files
+
+
+def _read_file(path: Path) -> Iterator[Item]:
+    name = path.name.removesuffix(".gz")
+    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+    reader = readers.get(Path(name).suffix)
+    if reader is None:
+        raise ValueError(f"{path}: rows are read from {', '.join(SUFFIXES)}, not from {path.suffix or 'a file without a suffix'}")
+    try:
+        yield from reader(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): {error.reason}") from None
+
+
+def _open(path: Path, newline: str | None = "\n") -> IO[str]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
+    return open(path, encoding="utf-8-sig", newline=newline)
+
+
+def _jsonl(path: Path) -> Iterator[Item]:
+    # lines end at "\n" alone: JSON text may hold other line separators
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                cut = "; the file ends in the middle of it, as after a broken download" if not line.endswith("\n") else ""
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg} at character {error.pos + 1}){cut}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: a row is an object with columns, not {line.strip()[:40]!r}")
+            yield Item(row, str(path), number)
+
+
+def _json(path: Path) -> Iterator[Item]:
+    with _open(path) as file:
+        try:
+            rows = json.load(file)
+        except json.JSONDecodeError as error:
+            more = "; one object per line is the format of a .jsonl file" if error.msg == "Extra data" else ""
+            raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}){more}") from None
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds one {type(rows).__name__}, not a list of rows; [{{...}}, {{...}}] works")
+    yield from _number(str(path), rows)
+
+
+def _csv(path: Path) -> Iterator[Item]:
+    delimiter = "\t" if ".tsv" in path.suffixes else ","
+    with _open(path, newline="") as file:
+        for number, row in enumerate(csv.DictReader(file, delimiter=delimiter, strict=True), 1):
+            if None in row or None in row.values():
+                raise ValueError(f"{path}, row {number}: has more or fewer fields than the header; quote fields that hold {delimiter!r}")
+            yield Item(dict(row), str(path), number)
+
+
+def _parquet(path: Path) -> Iterator[Item]:
+    import pyarrow.parquet
+
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        for row in batch.to_pylist():
+            number += 1
+            yield Item(row, str(path), number)
+
+
+# --- functions and procedural tasks
+
+
+def _call(name: str, query: Mapping[str, Any], split: str) -> Iterable[Any]:
+    function = resolve(name)
+    arguments = dict(query)
+    if "split" in inspect.signature(function).parameters:
+        arguments.setdefault("split", split)
+    else:
+        _only_train(name, split, f"give {name.partition(':')[2]} a parameter `split`, or slice: split='train[90%:]'")
+    rows = function(**arguments)
+    if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
+        raise ValueError(f"{name} returned a {type(rows).__name__}; it must return or yield rows (dicts)")
+    return rows
+
+
+def _module_text(function: Callable[..., Any]) -> str:
+    """The text of the whole module: what a function makes depends on its helpers, too."""
+    module = inspect.getmodule(function)
+    return inspect.getsource(module if module is not None else function)
+
+
+def gym_rows(tasks: str, query: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rows of reasoning_gym tasks "a+b": prompt, answer, task, metadata, the tasks taking turns; `size` rows in all.
+
+    A row's `task` and {"question", "answer", "metadata"} are what that data set's `score_answer` takes; metadata has
+    been through JSON. Raises ValueError for a task or an option that reasoning_gym doesn't know.
+    """
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    names = tasks.split("+")
+    size, seed = int(query.get("size", 500)), int(query.get("seed", 0))
+    options: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for key, value in query.items():
+        task, _, option = key.partition(".")
+        if option and task in options:
+            options[task][option] = value
+        elif key not in ("size", "seed"):
+            raise ValueError(f"{key}={value!r} in {tasks!r}{did_you_mean(key, ('size', 'seed', *(f'{n}.OPTION' for n in names)))}")
+    unknown = [name for name in names if name not in DATASETS]
+    if unknown:
+        raise ValueError(f"reasoning_gym has no task {unknown[0]!r}{did_you_mean(unknown[0], DATASETS)}")
+    made = []
+    for name in names:
+        try:
+            made.append(reasoning_gym.create_dataset(name, size=-(-size // len(names)), seed=seed, **options[name]))
+        except (TypeError, AssertionError) as error:
+            raise ValueError(f"reasoning_gym refuses {options[name]} for {name!r}: {error}") from None
+    for i in range(size):
+        name, entry = names[i % len(names)], made[i % len(names)][i // len(names)]
+        metadata = json.loads(json.dumps(entry["metadata"], default=str))
+        yield {"prompt": entry["question"], "answer": str(entry["answer"]), "task": name, "metadata": metadata}
+
+
+# --- the hub
+
+
+def _hub_rows(name: str, query: Mapping[str, Any], split: str) -> Iterable[Any]:
+    import datasets
+
+    known = ("name", "revision", "data_dir", "data_files")
+    unknown = [key for key in query if key not in known]
+    if unknown:
+        raise ValueError(f"{unknown[0]}={query[unknown[0]]!r} in path={name!r}{did_you_mean(unknown[0], known)}")
+    return datasets.load_dataset(name, split=split, **query)
+
+
+def _hub_commit(name: str, query: Mapping[str, Any]) -> str:
+    """The commit that the data set stands at. A revision that is a commit needs no network."""
+    revision = str(query.get("revision", ""))
+    if re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    import huggingface_hub
+
+    try:
+        return str(huggingface_hub.HfApi().dataset_info(name, revision=revision or None).sha)
+    except Exception as error:  # its network library's errors have no common name
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"path={name!r} is no local file, and the hub can't say its commit ({reason}); {name}?revision=COMMIT works offline"
+        ) from None
+
+
+def _place(text: str, size: int, default: int) -> int:
+    if not text:
+        return default
+    return round(int(text[:-1]) / 100 * size) if text.endswith("%") else int(text)
