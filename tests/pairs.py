@@ -45,7 +45,7 @@ def launch_environment(backend: str, rank: int, port: int) -> dict[str, str]:
     assert backend in BACKENDS, f"{backend} is none of {BACKENDS}"
     env = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "MASTER_"))}
     env |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    env |= dict(OMP_NUM_THREADS="1", ACCELERATE_MIXED_PRECISION="no", ACCELERATE_USE_CPU=str(backend == "ddp"), WANDB_MODE="disabled")
+    env |= dict(OMP_NUM_THREADS="1", ACCELERATE_MIXED_PRECISION="no", ACCELERATE_USE_CPU="False", WANDB_MODE="disabled")
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
     if backend.startswith("zero"):
         env |= dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE=backend[-1])

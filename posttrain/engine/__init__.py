@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from posttrain.engine.engine import Engine
-from posttrain.engine.trained import FrozenModel, TrainedModel
+from posttrain.engine.model import FrozenModel, TrainedModel
 from posttrain.engine.update import Update
 from posttrain.engine.world import World
 

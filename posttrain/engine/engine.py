@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,14 @@ import torch
 from torch import nn
 
 from posttrain.config import OptimizerConfig
+from posttrain.engine import checkpoint
+from posttrain.engine.model import MAX_SKIPPED, FrozenModel, TrainedModel
 from posttrain.engine.plain import PlainFrozen, PlainTrainer
-from posttrain.engine.trained import MAX_SKIPPED, FrozenModel, TrainedModel
+from posttrain.engine.signals import StopFlag
 from posttrain.engine.update import Update
 from posttrain.engine.world import World
 from posttrain.engine.zero import ZeroFrozen, ZeroTrainer
+from posttrain.packing import PackedBatch, Tree, pack
 
 
 class Engine:
@@ -26,6 +31,7 @@ class Engine:
     """
 
     def __init__(self, world: World | None = None) -> None:
+        self._owns_world = world is None
         self.world = world or World.from_launch()
         self.models: list[FrozenModel] = []
 
@@ -71,6 +77,57 @@ class Engine:
         """`with engine.update(model) as update:` any number of `update.backward(...)`, then one optimizer step."""
         return Update(model)
 
+    def pack(self, trees: Sequence[Tree], max_tokens: int, *, splittable: bool = False) -> PackedBatch:
+        """This rank's share of a global batch, as `posttrain.packing.pack` plans it; every rank passes the same trees."""
+        world = self.world
+        return pack(trees, max_tokens, world_size=world.size, rank=world.rank, device=world.device, splittable=splittable)
+
+    def save(self, folder: Path, models: Mapping[str, TrainedModel], state: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+        """Write a checkpoint, entirely or not at all: `models` with optimizers, schedules and EMA, `state` (JSON and tensors, the same
+        on every rank), random numbers. Raises OSError on every rank when it can't be written; earlier ones are untouched then."""
+        checkpoint.save(self.world, Path(folder), models, state, manifest)
+
+    def load(self, folder: Path, models: Mapping[str, TrainedModel], *, restart_optimizer: bool = False) -> dict[str, Any]:
+        """Go on from a checkpoint; returns its `state`. With `restart_optimizer` only its weights are taken, from any backend.
+
+        Raises ValueError when it was written under another backend or number of ranks."""
+        return checkpoint.load(self.world, Path(folder), models, restart_optimizer=restart_optimizer)
+
+    def newest_good(self, folder: Path) -> Path | None:
+        """The newest undamaged checkpoint in `folder`, or None; damaged ones are named and passed over."""
+        return self.world.first_says(lambda: checkpoint.newest_good(Path(folder)), "looking for checkpoints")
+
+    def check(self, folder: Path) -> None:
+        """Raise ValueError, with the command that works, when checkpoint `folder` needs another launch than this one.
+
+        Reads its manifest only, so that it can be asked before any model is loaded."""
+        checkpoint.refuse_other_setting(self.world, Path(folder))
+
+    def prune(self, folder: Path, keep: int, also: Sequence[Path] = ()) -> None:
+        """Drop all but the newest `keep` checkpoints and those in `also`, once the newest one was read back undamaged."""
+        self.world.first_says(lambda: checkpoint.prune(Path(folder), keep, also), "dropping old checkpoints")
+
+    def export(
+        self, model: FrozenModel, folder: Path, tokenizer: Any, *, ema: bool = False, extra_files: Mapping[str, str] | None = None
+    ) -> Path:
+        """Write a plain Hugging Face folder, verified by reading it back; with `ema` the averaged weights. Returns `folder`."""
+        from posttrain.models.export import write_model
+
+        folder = Path(folder)
+        if ema:
+            assert isinstance(model, TrainedModel), "only a trained model has averaged weights"
+            weights = model.state_dict_full(ema=True)
+        else:
+            weights = model.state_dict_full()
+        hf = model.module.hf
+        self.world.first_says(lambda: write_model(hf, weights, tokenizer, folder, extra_files), f"writing {folder.name}")
+        return folder
+
+    @property
+    def stop(self) -> StopFlag:
+        """Whether this process was asked to stop; see `posttrain.engine.signals`."""
+        return self.world.stop
+
     def _check(self, module: nn.Module, name: str) -> None:
         assert name not in [model.name for model in self.models], f"two models are named {name!r}"
         asked = self.world.launch.mixed_precision
@@ -90,3 +147,5 @@ class Engine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.world.barrier("closing the engine")
+        if self._owns_world:
+            self.world.close()

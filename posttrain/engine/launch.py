@@ -80,6 +80,15 @@ def prepare_environment() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def build_operators() -> None:
+    """Compile the operator that DeepSpeed needs on CPUs (about a minute; nothing to do with a GPU, or the second time)."""
+    prepare_environment()
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        from deepspeed.comm.torch import build_shm_op
+
+        build_shm_op()
+
+
 def read_launch() -> Launch:
     """Read the launch from the environment. Raises ValueError that lists everything in it that posttrain can't honour."""
     problems = _foreign_settings() + _launch_file_problems()
@@ -165,7 +174,8 @@ def _unknown(config: dict[str, Any], known: tuple[str, ...], where: str) -> list
         section = config.get(key)
         if where == "DeepSpeed config" and isinstance(section, dict) and section.get("enabled") not in (None, False, "auto"):
             problems.append(f"{key}.enabled in {where}: precision is ModelConfig.dtype; 'auto' works")
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping"):
+    passed_on = () if "ACCELERATE_GRADIENT_CLIPPING" in os.environ else ("gradient_clipping",)  # named once is enough
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", *passed_on):
         if where == "DeepSpeed config" and config.get(key, "auto") not in ("auto", "none", None):
             problems.append(f"{key}={config[key]} in {where}: it is set by the recipe; 'auto' works")
     return problems

@@ -31,9 +31,8 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 
 
 def adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        decay_groups(module, config.weight_decay), lr=config.lr, betas=tuple(config.betas), eps=config.eps, weight_decay=0.0, fused=True
-    )
+    groups = decay_groups(module, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True)
 
 
 def sum_over_ranks(tensors: Sequence[Tensor]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from posttrain.engine.trained import TrainedModel
+    from posttrain.engine.model import TrainedModel
 
 
 class Update:

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from posttrain.engine.launch import Launch, prepare_environment, read_launch
+from posttrain.engine.signals import StopFlag
 
 T = TypeVar("T")
 
@@ -158,11 +160,19 @@ class World:
                 outcome = (decide(), None)
             except Exception as error:
                 outcome = (None, error)
-        value, error = self.broadcast(outcome, phase)
-        if error is not None:
-            raise error
+        value, failure = self.broadcast(outcome, phase)
+        if failure is not None:
+            raise failure
         return value
 
+    @cached_property
+    def stop(self) -> StopFlag:
+        """The flag that SIGTERM and Ctrl-C set, from the first time that it is asked for."""
+        return StopFlag()
+
     def close(self) -> None:
-        """Stop watching. The process group stays, for the next stage."""
+        """Stop watching and give signals back. The process group stays, for the next world."""
         self._watchdog.close()
+        if "stop" in vars(self):
+            self.stop.close()
+            del self.stop

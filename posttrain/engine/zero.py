@@ -112,7 +112,7 @@ class ZeroTrainer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # several times faster on the host; compiled at its first use
 
         groups = decay_groups(module, config.weight_decay)
-        return DeepSpeedCPUAdam(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, weight_decay=0.0, adamw_mode=True)
+        return DeepSpeedCPUAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0, adamw_mode=True)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.ds(*args, **kwargs)
@@ -180,7 +180,7 @@ class ZeroTrainer:
         if self.world.launch.offload_optimizer != "none":
             return  # the shards are on the host in pieces; fetching them would cost more than the number is worth
         now = self._accumulated()
-        change = torch._foreach_sub(now, self._before) if self._before else now
+        change = list(torch._foreach_sub(now, self._before)) if self._before else now
         self._before = [t.clone() for t in now] if change is now else now
         kept = self._terms.setdefault(self._label, change)
         if kept is not change:

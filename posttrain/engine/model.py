@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,24 @@ from posttrain.config import OptimizerConfig
 from posttrain.engine.world import World
 
 MAX_SKIPPED = 5
+
+
+def whole_state(
+    model: FrozenModel, module: nn.Module, *, leave_out: Collection[str] = (), dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The state dict of `module` on rank 0's CPU, {} on the others; one parameter at a time is whole elsewhere. Tied weights stay tied."""
+    whole: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        if name in leave_out:
+            continue
+        with model.backend.whole([value] if isinstance(value, nn.Parameter) else []):
+            if model.world.is_main:
+                if id(value) not in copies:
+                    cast = dtype if dtype is not None and value.is_floating_point() else value.dtype
+                    copies[id(value)] = value.detach().to("cpu", cast, copy=True)
+                whole[name] = copies[id(value)]
+    return whole
 
 
 class FrozenModel:
@@ -74,7 +92,7 @@ class FrozenModel:
         hf = getattr(self.module, "hf", None)
         checkpointing = bool(getattr(hf, "is_gradient_checkpointing", False))
         layers = [m for m in self.module.modules() if getattr(m, "gradient_checkpointing", False)] if checkpointing else []
-        with self.evaluating(), self.world.phase(f"gathered {self.name}"):
+        with self.evaluating():
             for layer in layers:
                 layer.gradient_checkpointing = False
             try:
@@ -86,20 +104,8 @@ class FrozenModel:
 
     def state_dict_full(self) -> dict[str, Tensor]:
         """The whole state dict of the transformers model on rank 0's CPU, {} on the others. Collective."""
-        module = getattr(self.module, "hf", self.module)
-        dtype = getattr(self.backend, "dtype", None)
-        whole: dict[str, Tensor] = {}
-        copies: dict[int, Tensor] = {}  # tied weights stay one tensor
         with self.world.phase(f"gathering {self.name} for export"):
-            entries = module.state_dict(keep_vars=True)
-            for name, value in entries.items():
-                with self.backend.whole([value] if isinstance(value, nn.Parameter) else []):
-                    if self.world.is_main:
-                        if id(value) not in copies:
-                            cast = value.dtype if dtype is None or not value.is_floating_point() else dtype
-                            copies[id(value)] = value.detach().to("cpu", cast, copy=True)
-                        whole[name] = copies[id(value)]
-        return whole
+            return whole_state(self, getattr(self.module, "hf", self.module), dtype=getattr(self.backend, "dtype", None))
 
     def close(self) -> None:
         self.backend.close()
