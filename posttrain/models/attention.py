@@ -9,6 +9,7 @@ CUDA) and `DenseStructure` (a boolean mask, the reference).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -64,7 +65,8 @@ def forest_attention(
         if keyword not in IGNORED and not any(given is x or (isinstance(x, float | int) and given == x) for x in NEUTRAL.get(keyword, ())):
             raise ValueError(f"{name} asks attention for {keyword}={given!r}, which packed rows don't support")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return structure.attend(module.layer_idx, query, key, value, scaling), None
+    layer: Any = module.layer_idx
+    return structure.attend(layer, query, key, value, scaling), None
 
 
 AttentionInterface.register(NAME, forest_attention)
@@ -188,4 +190,5 @@ def structure_for(forest: Forest, kind: str = "auto") -> Structure:
     """The attention structure of a packed row; `auto` is FlexAttention on CUDA and the tree elsewhere."""
     if kind == "auto":
         kind = "flex" if forest.input_ids.is_cuda else "tree"
-    return {"tree": TreeStructure, "dense": DenseStructure, "flex": FlexStructure}[kind](forest)
+    kinds: dict[str, Callable[[Forest], Structure]] = {"tree": TreeStructure, "dense": DenseStructure, "flex": FlexStructure}
+    return kinds[kind](forest)

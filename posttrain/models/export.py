@@ -15,9 +15,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from posttrain.models.loading import quiet
+
 MANIFEST = "export.json"
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "spiece", "additional_chat")
-PROBED_PARAMETERS = 2_000_000_000  # logits are compared up to this size; tensors and keys always
+PROBED_PARAMETERS = 2_000_000_000  # logits are compared up to this size; keys and tensors always
 
 
 def write_model(
@@ -40,7 +42,8 @@ def write_model(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        plain.save_pretrained(temporary)
+        with quiet():
+            plain.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         for name, text in (extra_files or {}).items():
@@ -49,7 +52,7 @@ def write_model(
         digest = content_digest(temporary)
         manifest = {"digest": digest, "tokenizer": tokenizer_digest(temporary), "model_class": type(hf).__name__}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        _flush(temporary)
+        _flush(*temporary.rglob("*"), temporary)
         _swap(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -62,15 +65,18 @@ def _plain_model(hf: Any, weights: dict[str, Tensor], tokenizer: Any, folder: Pa
     if config.pad_token_id is None and tokenizer is not None and tokenizer.pad_token_id is not None:
         config.pad_token_id = tokenizer.pad_token_id  # a plain classifier finds the last token of padded rows by it
     dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
-    plain, info = type(hf).from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, attn_implementation="eager", output_loading_info=True
-    )
+    with quiet():
+        plain, info = type(hf).from_pretrained(  # shares the storage of the weights
+            None, config=config, state_dict=weights, dtype=dtype, attn_implementation="eager", output_loading_info=True
+        )
     _clean(info, folder)
     if plain.can_generate():
         plain.generation_config = copy.deepcopy(hf.generation_config)
-        sampling = plain.generation_config
         # hub models that name a temperature without sampling load with a warning, but refuse to be saved
-        sampling.do_sample = bool(sampling.do_sample or sampling.temperature or sampling.top_p or sampling.top_k) or None
+        try:
+            plain.generation_config.validate(strict=True)
+        except ValueError:
+            plain.generation_config.do_sample = True
     return plain.eval()
 
 
@@ -89,10 +95,11 @@ def _verify(folder: Path, plain: Any) -> None:
             for name in tensors.keys():  # noqa: SIM118  (not a dict)
                 if name not in expected or not torch.equal(tensors.get_tensor(name), expected[name].cpu()):
                     raise ValueError(f"{file.name}: {name} was not read back as it was written; is the disk all right?")
+    with quiet():
+        reopened, info = type(plain).from_pretrained(folder, dtype=plain.dtype, attn_implementation="eager", output_loading_info=True)
+    _clean(info, folder)
     if plain.num_parameters() > PROBED_PARAMETERS:
         return
-    reopened, info = type(plain).from_pretrained(folder, dtype=plain.dtype, attn_implementation="eager", output_loading_info=True)
-    _clean(info, folder)
     size = plain.get_input_embeddings().num_embeddings
     tokens = (torch.arange(8)[None] * 7 + 3) % size
     if not torch.equal(reopened.eval()(input_ids=tokens).logits, plain(input_ids=tokens).logits):
@@ -119,8 +126,8 @@ def _digest(folder: Path, chosen: Any) -> str:
     return total.hexdigest()
 
 
-def _flush(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
+def _flush(*paths: Path) -> None:
+    for path in paths:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
@@ -133,11 +140,5 @@ def _swap(temporary: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
+    _flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-    _flush_parent(folder)
-
-
-def _flush_parent(folder: Path) -> None:
-    handle = os.open(folder.parent, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)

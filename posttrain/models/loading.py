@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils import logging
 
 from posttrain.config import ModelConfig
 from posttrain.models.attention import NAME
@@ -90,6 +93,20 @@ def load_scalar_model(config: ModelConfig, *, fresh_head: bool, seed: int = 0, t
     return model
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and load reports: what they would say is checked and raised here."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def compute_dtype(config: ModelConfig) -> torch.dtype:
     """The dtype that weights are held in: `auto` is bf16 where there is CUDA and fp32 elsewhere."""
     auto = "bf16" if torch.cuda.is_available() else "fp32"
@@ -107,24 +124,27 @@ def _read(config: ModelConfig, auto: Any) -> tuple[Any, dict]:
     shape = AutoConfig.from_pretrained(folder, **source)
     classes = auto._model_mapping
     if type(shape) not in classes:
-        raise ValueError(f"model.path={config.path!r} is a {shape.model_type} model, which has no {auto.__name__.removeprefix('Auto')}")
+        kind = auto.__name__.removeprefix("AutoModelFor")
+        raise ValueError(f"model.path={config.path!r} is a {shape.model_type} model, which transformers has no {kind} for")
     check_config(shape, classes[type(shape)])
     probe(shape)
     options: dict[str, Any] = dict(source, dtype=compute_dtype(config), attn_implementation=NAME, output_loading_info=True)
     if auto is AutoModelForSequenceClassification:
         options.update(num_labels=1, ignore_mismatched_sizes=True)
-    hf, info = auto.from_pretrained(folder, **options)
+    with quiet():
+        hf, info = auto.from_pretrained(folder, **options)
     return (_unquantized(hf) if path.suffix == ".gguf" else hf), info
 
 
 def _unquantized(hf: Any) -> Any:
     """The same weights in a model that doesn't remember its GGUF file, which transformers refuses to save."""
-    config = hf.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    fresh = type(hf)._from_config(config, dtype=hf.dtype, attn_implementation=NAME)
-    fresh.load_state_dict(hf.state_dict())
-    fresh.generation_config = hf.generation_config
+    if hasattr(hf.config, "quantization_config"):
+        del hf.config.quantization_config
+    weights = dict(hf.state_dict())
+    with quiet():
+        fresh = type(hf).from_pretrained(None, config=hf.config, state_dict=weights, dtype=hf.dtype, attn_implementation=NAME)
+    if hf.can_generate():
+        fresh.generation_config = hf.generation_config
     return fresh
 
 

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CHUNK_BYTES = 64 * 1024**2
+# Of fp32 logits per chunk. On a CPU a chunk should stay near the caches; on a GPU every chunk costs a pass over the fp32
+# gradient of the head, so chunks are larger.
+CHUNK_BYTES = {"cpu": 32 * 1024**2, "cuda": 512 * 1024**2}
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         normalizer = torch.empty_like(logprobs)
         entropies = torch.empty_like(logprobs) if entropy else None
         matrix = weight.detach().to(dtype)
-        for part in _chunks(count, len(weight)):
+        for part in _chunks(hidden, len(weight)):
             logits = _logits(hidden[part], matrix, bias, transform).div_(temperature)  # (c, V) fp32
             normalizer[part] = logits.logsumexp(-1)
             logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1) - normalizer[part]
@@ -86,7 +88,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros(matrix.shape, dtype=torch.float32, device=hidden.device) if need_weight else None
         grad_bias = torch.zeros(len(matrix), dtype=torch.float32, device=hidden.device) if need_bias else None
-        for part in _chunks(len(targets), len(matrix)):
+        for part in _chunks(hidden, len(matrix)):
             logits = _logits(hidden[part], matrix, ctx.bias, ctx.transform)
             kept = logits.clone() if ctx.transform.softcap else logits
             # d logprob / d logits = onehot(target) - softmax, times 1 / temperature
@@ -111,8 +113,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
         )
 
 
-def _chunks(count: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_BYTES // (4 * vocabulary))
+def _chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
+    count, budget = len(hidden), CHUNK_BYTES["cuda" if hidden.is_cuda else "cpu"]
+    size = max(1, budget // (4 * vocabulary))
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
