@@ -41,6 +41,7 @@ class PackedModel(nn.Module):
         if not self.is_scalar:
             transform = transform or logit_transform(hf.config.get_text_config())
             hf.set_output_embeddings(TokenLogprobs.take_over(hf.get_output_embeddings(), transform))
+        self.train(hf.training)
 
     @property
     def trunk(self) -> nn.Module:
