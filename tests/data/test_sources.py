@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import reasoning_gym
+
+from posttrain.config import DataConfig
+from posttrain.data.sources import content_digest, files_of_split, read_source, split_of
+
+ROWS = [{"text": "one\u2028line", "n": 1}, {"text": "zwei", "n": 2}, {"text": "trois", "n": 3}]
+
+
+def generator(split: str = "train", size: int = 3):
+    """Rows that say which split they are of."""
+    return ({"text": f"{split} {i}"} for i in range(size))
+
+
+def one_split():
+    return [{"text": "a"}, {"text": "b"}]
+
+
+def no_rows():
+    return {"text": "a"}
+
+
+def write(path: Path, rows: list[dict] = ROWS) -> DataConfig:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text if path.suffix == ".jsonl" else json.dumps(rows), encoding="utf-8")
+    return DataConfig(path=str(path))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.jsonl.gz"])
+def test_json_files_give_the_rows_that_were_written(tmp_path, name):
+    assert read_source(write(tmp_path / name)) == ROWS
+
+
+def test_parquet_and_csv(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
+    assert read_source(DataConfig(path=str(tmp_path / "rows.parquet"))) == ROWS
+    (tmp_path / "rows.csv").write_text('text,n\n"a, b\nc",1\nd,2\n')
+    (tmp_path / "rows.tsv").write_text("text\tn\na, b\t1\n")
+    assert read_source(DataConfig(path=str(tmp_path / "rows.csv"))) == [{"text": "a, b\nc", "n": "1"}, {"text": "d", "n": "2"}]
+    assert read_source(DataConfig(path=str(tmp_path / "rows.tsv"))) == [{"text": "a, b", "n": "1"}]
+    (tmp_path / "bad.csv").write_text("text,n\na\n")
+    with pytest.raises(ValueError, match=r"bad\.csv, row 1: has more or fewer fields"):
+        read_source(DataConfig(path=str(tmp_path / "bad.csv")))
+
+
+def test_a_truncated_line_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n{"text": "c')
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 3: not valid JSON .* ends in the middle of it"):
+        read_source(DataConfig(path=str(path)))
+    path.write_text('{"text": "a"}\n{"text": \n{"text": "c"}\n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: not valid JSON"):
+        read_source(DataConfig(path=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("rows.jsonl", "", "has no rows"),
+        ("rows.jsonl", "\n\n", "has no rows"),
+        ("rows.json", "", "line 1: not valid JSON"),
+        ("rows.json", '{"a": 1}\n{"a": 2}', r"one object per line is the format of a \.jsonl file"),
+        ("rows.json", '{"a": 1}', "holds one dict, not a list of rows"),
+        ("rows.jsonl", "[1]\n", "line 1: a row is an object"),
+        ("rows.csv", "text\n", "has no rows"),
+        ("rows.txt", "text", r"not from \.txt"),
+    ],
+)
+def test_files_that_hold_no_rows(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_source(DataConfig(path=str(tmp_path / name)))
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"text": "\xff"}\n')
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        read_source(DataConfig(path=str(tmp_path / "rows.jsonl")))
+
+
+def test_a_missing_file_is_said_with_its_neighbour(tmp_path):
+    write(tmp_path / "train.jsonl")
+    with pytest.raises(ValueError, match=r"no such file or folder; did you mean 'train\.jsonl'"):
+        read_source(DataConfig(path=str(tmp_path / "trian.jsonl")))
+    with pytest.raises(ValueError, match="output of another stage"):
+        read_source(DataConfig(path="@sft"))
+
+
+def test_a_folder_gives_the_files_of_its_split(tmp_path):
+    for name in ("train", "validation", "validation_clean"):
+        write(tmp_path / "split" / f"{name}.jsonl", [{"text": name}])
+    for split in ("train", "validation", "validation_clean"):
+        assert read_source(DataConfig(path=str(tmp_path / "split"), split=split)) == [{"text": split}]
+    with pytest.raises(ValueError, match=r"split='test'.*validation_clean"):
+        read_source(DataConfig(path=str(tmp_path / "split"), split="test"))
+    write(tmp_path / "parts" / "train-00001-of-00002.jsonl", ROWS[1:])
+    write(tmp_path / "parts" / "train-00000-of-00002.jsonl", ROWS[:1])
+    assert read_source(DataConfig(path=str(tmp_path / "parts"))) == ROWS
+    write(tmp_path / "any" / "b.jsonl", ROWS[1:])
+    write(tmp_path / "any" / "a.json", ROWS[:1])
+    assert read_source(DataConfig(path=str(tmp_path / "any"))) == ROWS
+    write(tmp_path / "any" / "rows.jsonl", ROWS[:2])
+    assert read_source(DataConfig(path=str(tmp_path / "any"))) == ROWS[:2]
+    assert [file.name for file in files_of_split(tmp_path / "any", "train")] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [("train", [0, 1, 2, 3]), ("train[:50%]", [0, 1]), ("train[50%:]", [2, 3]), ("train[1:3]", [1, 2]), ("train[3:]", [3])],
+)
+def test_slices_of_a_split(tmp_path, split, expected):
+    config = write(tmp_path / "rows.jsonl", [{"n": n} for n in range(4)])
+    assert [row["n"] for row in read_source(DataConfig(path=config.path, split=split))] == expected
+    assert [row["n"] for row in read_source(DataConfig(path=config.path, split=split, limit=1))] == expected[:1]
+
+
+def test_slices_are_checked():
+    assert split_of("test") == ("test", "", "")
+    with pytest.raises(ValueError, match=r"split='train\[1-2\]'"):
+        split_of("train[1-2]")
+
+
+def test_functions_give_rows():
+    path = f"{__name__}:generator"
+    assert read_source(DataConfig(path=path, split="test", limit=2)) == [{"text": "test 0"}, {"text": "test 1"}]
+    assert len(read_source(DataConfig(path=f"{path}?size=5"))) == 5
+    assert len(read_source(DataConfig(path=f"{__name__}:one_split"))) == 2
+    with pytest.raises(ValueError, match=r"split='test'.*a parameter `split`"):
+        read_source(DataConfig(path=f"{__name__}:one_split", split="test"))
+    with pytest.raises(ValueError, match="must return or yield rows"):
+        read_source(DataConfig(path=f"{__name__}:no_rows"))
+    with pytest.raises(ValueError, match="has no 'generatr'; did you mean 'generator'"):
+        read_source(DataConfig(path=f"{__name__}:generatr"))
+
+
+def test_the_digest_is_of_the_content(tmp_path):
+    one, two = write(tmp_path / "one.jsonl"), write(tmp_path / "two.jsonl")
+    assert content_digest(one) == content_digest(two)
+    write(tmp_path / "two.jsonl", ROWS[:2])
+    assert content_digest(one) != content_digest(two)
+    write(tmp_path / "split" / "train.jsonl")
+    before = content_digest(DataConfig(path=str(tmp_path / "split")))
+    write(tmp_path / "split" / "test.jsonl")
+    assert content_digest(DataConfig(path=str(tmp_path / "split"))) == before, "another split is another content"
+    assert content_digest(DataConfig(path=str(tmp_path / "split"), split="test")) == before
+
+
+def test_the_digest_of_a_function_is_its_modules_text(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = tmp_path / "rows_for_digest.py"
+    module.write_text("def rows():\n    return [{'text': 'a'}]\n")
+    config = DataConfig(path="rows_for_digest:rows")
+    before = content_digest(config)
+    assert content_digest(config) == before
+    monkeypatch.delitem(__import__("sys").modules, "rows_for_digest")
+    module.write_text("def rows():\n    return [{'text': 'b'}]  # another\n")
+    __import__("linecache").clearcache()
+    assert content_digest(config) != before
+
+
+def test_the_digest_of_the_hub_needs_no_network_for_a_commit():
+    first = content_digest(DataConfig(path=f"openai/gsm8k?name=main&revision={'a' * 40}"))
+    second = content_digest(DataConfig(path=f"openai/gsm8k?name=main&revision={'b' * 40}"))
+    assert first != second
+
+
+def test_reasoning_gym_tasks_take_turns_and_their_answers_score():
+    config = DataConfig(path="reasoning_gym:chain_sum+letter_counting+gcd?size=7&seed=3&chain_sum.max_terms=3")
+    rows = read_source(config)
+    assert rows == read_source(config) == json.loads(json.dumps(rows))
+    assert [row["task"] for row in rows] == ["chain_sum", "letter_counting", "gcd"] * 2 + ["chain_sum"]
+    for row in rows:
+        judge = reasoning_gym.create_dataset(row["task"], size=1, seed=0)
+        entry = {"question": row["prompt"], "answer": row["answer"], "metadata": row["metadata"]}
+        assert judge.score_answer(row["answer"], entry) == 1.0 and judge.score_answer("no", entry) < 1.0
+    direct = reasoning_gym.create_dataset("gcd", size=3, seed=3)
+    assert [row["prompt"] for row in rows if row["task"] == "gcd"] == [direct[i]["question"] for i in range(2)]
+    assert rows != read_source(DataConfig(path=config.path.replace("seed=3", "seed=4")))
+    assert content_digest(config) != content_digest(DataConfig(path=config.path.replace("seed=3", "seed=4")))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("reasoning_gym:chain_sums", "no task 'chain_sums'; did you mean 'chain_sum'"),
+        ("reasoning_gym:gcd?sise=3", "sise=3.*did you mean 'size'"),
+        ("reasoning_gym:gcd?gcd.min=3", "refuses.*min"),
+    ],
+)
+def test_reasoning_gym_options_are_checked(path, message):
+    with pytest.raises(ValueError, match=message):
+        read_source(DataConfig(path=path))
