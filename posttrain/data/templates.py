@@ -235,10 +235,11 @@ def _add_chatml_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 
     The model's own EOS still separates documents of plain text: it is written down in the tokenizer's config.
     """
-    known = set(tokenizer.get_added_vocab())
+    known, special = tokenizer.get_vocab(), {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     added = tuple(token for token in CHATML_TOKENS if token not in known)
-    if added:
-        tokenizer.add_special_tokens({"extra_special_tokens": list(added)}, replace_extra_special_tokens=False)
+    unmarked = [token for token in CHATML_TOKENS if token not in special]
+    if unmarked:
+        tokenizer.add_special_tokens({"extra_special_tokens": unmarked}, replace_extra_special_tokens=False)
     end = CHATML_TOKENS[1]
     if tokenizer.eos_token != end:
         if tokenizer.eos_token is not None:
