@@ -61,6 +61,10 @@ class SamplingProgress:
     tokens_per_second: float
     seconds_left: float
 
+    def __str__(self) -> str:
+        done = f"{self.responses_done:,} of {self.responses:,} responses"
+        return f"{done}, {self.tokens_per_second:,.0f} tokens/s, at most {self.seconds_left:.0f} s left"
+
 
 class SamplingInterrupted(Exception):  # noqa: N818  it is no error
     """Raised on every rank when `interrupted()` was true on any of them: the rollout was given up."""

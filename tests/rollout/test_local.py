@@ -11,7 +11,7 @@ import torch
 
 from posttrain.config import SamplingConfig
 from posttrain.engine import Engine, World
-from posttrain.engine.trained import FrozenModel
+from posttrain.engine.model import FrozenModel
 from posttrain.models.attention import NAME
 from posttrain.models.model import PackedModel
 from posttrain.packing import forest
@@ -24,6 +24,12 @@ from tests.tiny import SHAPES, VOCABULARY, tiny_model
 FAMILIES = list(SHAPES)
 STOP_IDS = tuple(range(5, 25))  # many, so that responses end at all lengths
 WORLD = World()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world_ends_with_the_module():
+    yield
+    WORLD.close()
 
 
 def packed(family: str = "llama", **shape: int) -> PackedModel:

@@ -1,0 +1,312 @@
+"""Pipeline stage: compare models on held-out prompts by a gold score, and on held-out text by their loss.
+
+Every model answers the same prompts with the same random numbers at temperature 1; a function scores the answers. Means
+come with 95 % bootstrap intervals over prompts, and each model is compared with the one before it, prompt by prompt.
+A reward model is judged by the share of held-out pairs that it orders as the labels do, resampled by prompt, because the
+pairs of one prompt are not independent.
+
+Writes samples.jsonl (every response with its score and all columns of its row, so that anyone can score it again) and
+results.json, the `evaluation` part of the pipeline's report.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain.config import DataConfig, ModelConfig, SamplingConfig, resolve, runtime, when
+from posttrain.evaluation.statistics import Interval, bootstrap_difference, bootstrap_ratio
+
+if TYPE_CHECKING:
+    from posttrain.data.chat import Chat
+    from posttrain.packing import Tree
+    from posttrain.rollout.local import Rollout
+    from posttrain.run import Run
+
+VERSION = 1
+SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldConfig:
+    """Which models are compared, on what, and by whom."""
+
+    models: tuple[str, ...] = ()
+    """Model folders, hub ids or "@stage", in the order in which each is compared with the one before."""
+    names: tuple[str, ...] = ()
+    """What the report calls them: "base", "sft", "ppo"."""
+    prompts: DataConfig = DataConfig(path="", split="test")
+    """Held-out prompt rows."""
+    score: str = ""
+    """The gold score: "package.module:function", called as score(row, response) -> float."""
+    sampling: SamplingConfig = SamplingConfig()
+    """Temperature 1 samples the models as they are."""
+    samples_per_prompt: int = 1
+    """Responses to each prompt; a prompt counts with the mean of theirs."""
+    text: DataConfig = DataConfig(path="", split="test")
+    """Held-out text rows for the pretraining loss; "" measures none."""
+    text_window: int = 256
+    """Tokens per window of text."""
+    reward_model: str = ""
+    """A reward model's folder or "@stage"; "" judges none."""
+    comparisons: DataConfig = DataConfig(path="", split="test")
+    """Held-out comparison rows with clean labels."""
+    noisy_comparisons: DataConfig = DataConfig(path="", split="test")
+    """The same with the labels as the labeler gave them; "" reports the clean ones only."""
+    template: str = "auto"
+    """Chat template: auto (each model's own, proven), raw (contents only), or a jinja file."""
+    max_prompt_length: int = 1024
+    """Longer prompts are dropped, counted and said."""
+    max_length: int = 2048
+    """Longest comparison in tokens, prompt and response."""
+    max_dropped_fraction: float = 0.0
+    """Largest share of prompts or comparisons that may be dropped: all models should answer the same ones."""
+    max_tokens_per_micro_batch: int = runtime(8192)
+    """Tokens per packed row on one device."""
+
+    def problems(self) -> list[str]:
+        longest = self.max_prompt_length + self.sampling.max_new_tokens
+        return when(
+            (not self.models, "models is empty; ('@sft', '@ppo') works"),
+            (len(self.names) != len(self.models), f"names={self.names} must name the {len(self.models)} models, one each"),
+            (len(set(self.names)) != len(self.names), f"names={self.names} must differ"),
+            (not self.prompts.path, "prompts.path is empty; held-out prompt rows work"),
+            (not self.score, "score is empty; 'package.module:function' works"),
+            (self.samples_per_prompt < 1, f"samples_per_prompt={self.samples_per_prompt} must be at least 1"),
+            (self.text_window < 2, f"text_window={self.text_window} must be at least 2; 256 works"),
+            (self.max_prompt_length < 1, f"max_prompt_length={self.max_prompt_length} must be at least 1; 1024 works"),
+            (not 0 <= self.max_dropped_fraction <= 1, f"max_dropped_fraction={self.max_dropped_fraction} must lie in [0, 1]; 0 works"),
+            (
+                bool(self.reward_model) != bool(self.comparisons.path),
+                f"reward_model={self.reward_model!r} and comparisons.path={self.comparisons.path!r} need each other; both or neither work",
+            ),
+            (
+                bool(self.noisy_comparisons.path) and not self.comparisons.path,
+                f"noisy_comparisons.path={self.noisy_comparisons.path!r} needs comparisons.path, the clean ones",
+            ),
+            (
+                longest > self.sampling.max_cached_tokens,
+                f"sampling.max_cached_tokens={self.sampling.max_cached_tokens} is below max_prompt_length + sampling.max_new_tokens; "
+                f"{longest} works",
+            ),
+            (
+                self.max_tokens_per_micro_batch < max(self.text_window, self.max_length if self.comparisons.path else 0),
+                f"max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} is below text_window or max_length; 8192 is usual",
+            ),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """One model's results: `scores` (P,) per prompt, mean over its samples; text loss and tokens (W,) per window."""
+
+    name: str
+    scores: list[float]
+    text_losses: list[float]
+    text_tokens: list[float]
+
+
+class Verdicts:
+    """The models judged so far, so that an interrupted comparison goes on with the next one."""
+
+    def __init__(self) -> None:
+        self.judged: list[Judged] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"judged": [dict(vars(model)) for model in self.judged]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.judged = [Judged(**model) for model in state["judged"]]
+
+
+def evaluate(config: GoldConfig, run: Run) -> Path:
+    """Sample, score, measure, compare. Returns results.json."""
+    from posttrain.data.rows import read_rows
+
+    rows = read_rows(config.prompts, "prompt")
+    texts = read_rows(config.text, "text") if config.text.path else []
+    score = resolve(config.score)
+    verdicts = Verdicts()
+    run.resume({}, verdicts=verdicts)
+    for place in run.steps(len(config.models), unit="model"):
+        verdicts.judged.append(judge(config, run, config.names[place], config.models[place], rows, texts, score))
+        run.checkpoint(force=True)
+    results = compare(verdicts.judged, run.seed)
+    if config.reward_model:
+        results["reward_model"] = judge_reward_model(config, run)
+    path = run.results(results)
+    run.engine.world.barrier("writing the results")
+    return path
+
+
+def judge(
+    config: GoldConfig, run: Run, name: str, path: str, rows: Sequence[dict[str, Any]], texts: Sequence[dict[str, Any]], score: Any
+) -> Judged:
+    """One model's answers with their scores, and its loss on the text. Its memory is free afterwards."""
+    from posttrain.data.chat import Chat
+    from posttrain.data.tokenized import prompt_ids, text_windows
+    from posttrain.models.loading import load_causal_lm
+    from posttrain.rollout.local import SamplingInterrupted, sample
+
+    world = run.engine.world
+    chat = Chat.load(path, config.template)
+    kept_by: dict[str, Any] = {"cache": run.cache, "world": world}
+    limits = (config.max_prompt_length, config.sampling.system_prompt)
+    prompts, kept = prompt_ids(rows, chat, *limits, max_dropped_fraction=config.max_dropped_fraction, **kept_by)
+    windows = text_windows(texts, chat, config.text_window, **kept_by)[0] if texts else []
+    model = run.engine.freeze(load_causal_lm(ModelConfig(path=path), chat.tokenizer), name=name)
+    try:
+        rollout = sample(
+            model,
+            prompts,
+            config.sampling,
+            world=world,
+            seed=run.seed,
+            stop_ids=chat.end_of_turn_ids,
+            samples_per_prompt=config.samples_per_prompt,
+            decode=chat.decode,
+            progress=lambda now: run.note(f"{name}: {now}"),
+            interrupted=run.stop_requested,
+        )
+    except SamplingInterrupted:
+        run.heed_stop()
+        raise
+    asked = [rows[i] for i in kept.indices]
+    scored = world.first_says(lambda: score_responses(score, asked, rollout, chat), f"scoring {name}")
+    run.samples(sample_rows(name, asked, kept.indices, scored, rollout, run.seed))
+    losses, tokens = text_loss(model, windows, run, config.max_tokens_per_micro_batch)
+    release(model, run)
+
+    count = config.samples_per_prompt
+    means = [sum(value for _, value in scored[i : i + count]) / count for i in range(0, len(scored), count)]
+    metrics = {
+        f"{name}/gold_score": sum(means) / len(means),
+        f"{name}/finished": sum(rollout.finished) / len(rollout.finished),
+        f"{name}/response_length": rollout.num_tokens / len(rollout.responses),
+    }
+    if windows:
+        metrics[f"{name}/pretraining_loss"] = sum(losses) / sum(tokens)
+    run.log(metrics, tokens=rollout.num_tokens + int(sum(tokens)))
+    return Judged(name, means, losses, tokens)
+
+
+def score_responses(score: Any, rows: Sequence[dict[str, Any]], rollout: Rollout, chat: Chat) -> list[tuple[str, float]]:
+    """The text and the score of every response. Raises ValueError naming the row whose score is no finite number."""
+    scored = []
+    for prompt, ids in zip(rollout.prompt_of.tolist(), rollout.responses):
+        text = chat.decode_response(ids)
+        value = score(rows[prompt], text)
+        if isinstance(value, bool | int | float) and math.isfinite(value):
+            scored.append((text, float(value)))
+        else:
+            raise ValueError(
+                f"{score.__module__}:{score.__qualname__} gave {value!r} for row {prompt} and response {text!r}; a number works"
+            )
+    return scored
+
+
+def sample_rows(
+    name: str, rows: Sequence[dict[str, Any]], places: Sequence[int], scored: Sequence[tuple[str, float]], rollout: Rollout, seed: int
+) -> list[dict[str, Any]]:
+    """Lines of samples.jsonl: `index` is the prompt's row in its source; the row's own columns stand beside."""
+    return [
+        {
+            "model": name,
+            "task": rows[prompt].get("task", ""),
+            "seed": seed,
+            "index": places[prompt],
+            "prompt": rows[prompt]["prompt"],
+            "response": text,
+            "score": value,
+            "finished": finished,
+            **{column: value for column, value in rows[prompt].items() if column not in ("task", "prompt")},
+        }
+        for prompt, (text, value), finished in zip(rollout.prompt_of.tolist(), scored, rollout.finished)
+    ]
+
+
+def text_loss(model: Any, windows: Sequence[Tree], run: Run, max_tokens: int) -> tuple[list[float], list[float]]:
+    """Sum of -log pi and number of predicted tokens (W,), (W,) of each window of text."""
+    from posttrain.engine.inference import infer
+
+    if not windows:
+        return [], []
+    logprobs = infer(run.engine, model, windows, ("logprobs",), max_tokens)["logprobs"]
+    return [-float(x.double().sum()) for x in logprobs], [float(len(x)) for x in logprobs]
+
+
+def compare(judged: Sequence[Judged], seed: int) -> dict[str, Any]:
+    """Means with intervals for each model, and paired differences between each and the one before."""
+    results: dict[str, Any] = {"gold_score": {}, "gold_difference": {}}
+    for model in judged:
+        results["gold_score"][model.name] = interval_of(model.scores, seed).to_json()
+    for before, after in pairwise(judged):
+        name = f"{after.name} - {before.name}"
+        if len(before.scores) == len(after.scores):
+            results["gold_difference"][name] = bootstrap_difference(before.scores, after.scores, seed=seed).to_json()
+    if any(model.text_tokens for model in judged):
+        losses = {model.name: bootstrap_ratio(model.text_losses, model.text_tokens, seed=seed) for model in judged}
+        results["pretraining_loss"] = {name: loss.mean for name, loss in losses.items()}
+        results["pretraining_loss_ci95"] = {name: [loss.low, loss.high] for name, loss in losses.items()}
+    return results
+
+
+def interval_of(values: Sequence[float], seed: int) -> Interval:
+    return bootstrap_ratio(values, [1.0] * len(values), seed=seed)
+
+
+def judge_reward_model(config: GoldConfig, run: Run) -> dict[str, Any]:
+    """Pair accuracy of the reward model on clean labels, and on noisy ones under "noisy"."""
+    from posttrain.data.chat import Chat
+    from posttrain.data.rows import read_rows
+    from posttrain.data.tokenized import comparison_trees
+    from posttrain.models.loading import load_scalar_model
+
+    chat = Chat.load(config.reward_model, config.template)
+    model = run.engine.freeze(load_scalar_model(ModelConfig(path=config.reward_model), fresh_head=False), name="reward_model")
+
+    def accuracy(data: DataConfig) -> dict[str, Any]:
+        limits: dict[str, Any] = {"max_dropped_fraction": config.max_dropped_fraction, "cache": run.cache, "world": run.engine.world}
+        trees, kept = comparison_trees(read_rows(data, "comparison"), chat, config.max_length, **limits)
+        run.say(f"{data.path}: {kept}")
+        return pair_accuracy(model, trees, run, config.max_tokens_per_micro_batch)
+
+    result = accuracy(config.comparisons)
+    if config.noisy_comparisons.path:
+        result["noisy"] = accuracy(config.noisy_comparisons)
+    release(model, run)
+    return result
+
+
+def pair_accuracy(model: Any, trees: Sequence[Tree], run: Run, max_tokens: int) -> dict[str, Any]:
+    """Share of the non-tied pairs that the model orders as `ranks` do; equal scores are wrong. Prompts are resampled whole."""
+    from posttrain.engine.inference import infer
+    from posttrain.ops import ordered_pairs
+
+    scores = iter(infer(run.engine, model, trees, ("scores",), max_tokens)["scores"])
+    correct, pairs = [], []
+    for tree in trees:
+        own = [float(next(scores)) for _ in range(tree.num_responses)]
+        orders = [own[winner] > own[loser] for winner, loser in ordered_pairs(tree.ranks)]
+        correct.append(float(sum(orders)))
+        pairs.append(float(len(orders)))
+    interval = bootstrap_ratio(correct, pairs, seed=run.seed)
+    return {"pair_accuracy": interval.mean, "ci95": [interval.low, interval.high], "n_pairs": int(sum(pairs)), "n_prompts": interval.n}
+
+
+def release(model: Any, run: Run) -> None:
+    """Let go of a model before the next one is loaded."""
+    model.close()
+    run.engine.models.remove(model)
+
+
+def smoke(config: GoldConfig) -> GoldConfig:
+    """The same stage on 64 rows of everything."""
+    limited: Mapping[str, Any] = {
+        name: replace(getattr(config, name), limit=64) for name in ("prompts", "text", "comparisons", "noisy_comparisons")
+    }
+    return replace(config, **limited)
