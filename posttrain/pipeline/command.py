@@ -92,8 +92,10 @@ def carry_out(build: Callable[[Recipe], Pipeline], recipe: Recipe, options: Opti
     if options.plan or options.preview:
         show(pipeline, options)
         return
-    from posttrain.pipeline.runner import run_pipeline
+    from posttrain.pipeline.runner import prepare, run_pipeline
 
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        prepare(pipeline, only=options.only, redo=options.redo)  # mistakes are told before torch is even imported
     run_pipeline(pipeline, only=options.only, redo=options.redo, restart_optimizer=options.restart_optimizer)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from posttrain.config import DataConfig, ModelConfig, did_you_mean, is_runtime, type_hints
 from posttrain.pipeline.pipeline import HANDLE, Stage
@@ -29,11 +29,11 @@ UNKNOWN = "unknown until the stage before has finished"
 class Contents:
     """Digests of files and folders by content, remembered by size and time of change so that a second look is cheap."""
 
+    _seen: ClassVar[dict[str, list[Any]]] = {}  # by this process, for any pipeline
+
     def __init__(self, cache: Path) -> None:
         self._path = cache
-        self._cache: dict[str, list[Any]] = {}
-        if cache.exists():
-            self._cache = json.loads(cache.read_text(encoding="utf-8"))
+        self._cache: dict[str, list[Any]] = json.loads(cache.read_text(encoding="utf-8")) if cache.exists() else {}
         self._changed = False
 
     def digest(self, path: Path) -> str:
@@ -46,14 +46,14 @@ class Contents:
     def _file(self, path: Path) -> str:
         stat = path.stat()
         key = str(path.resolve())
-        known = self._cache.get(key)
-        if known and known[:2] == [stat.st_size, stat.st_mtime_ns]:
-            return known[2]
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self._cache[key] = [stat.st_size, stat.st_mtime_ns, digest]
-        self._changed = True
-        return digest
+        mark = [stat.st_size, stat.st_mtime_ns]
+        known = next((found for found in (self._cache.get(key), self._seen.get(key)) if found and found[:2] == mark), None)
+        if known is None:
+            with path.open("rb") as file:
+                known = [*mark, hashlib.file_digest(file, "sha256").hexdigest()]
+        self._changed |= self._cache.get(key) != known
+        self._cache[key] = self._seen[key] = known
+        return known[2]
 
     def save(self) -> None:
         if self._changed:
