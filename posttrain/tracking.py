@@ -59,7 +59,9 @@ class Tracker:
             return
         self._reached = self._reached_before(run_id)
         if mode != "disabled":
-            options = dict(project=project or os.environ.get("WANDB_PROJECT", "posttrain"), name=name or None, group=group or None)
+            options: dict[str, Any] = dict(
+                project=project or os.environ.get("WANDB_PROJECT", "posttrain"), name=name or None, group=group or None
+            )
             options |= dict(job_type=job_type or None, config=dict(config or {}), id=run_id or None)
             self._board = _Board(self.folder, mode, options, self._warn)
 
@@ -241,12 +243,12 @@ class _Board(threading.Thread):
             self._say(f"W&B could not start: {_first_line(problem)}")
             return
         while (job := self._jobs.get()) is not None:
-            self._attempt(lambda job=job: job(board))
-        self._attempt(lambda: board.finish(exit_code=self._exit_code))
+            self._attempt(job, board)
+        self._attempt(lambda board: board.finish(exit_code=self._exit_code), board)
 
-    def _attempt(self, job: Callable[[], None]) -> None:
+    def _attempt(self, job: Callable[[Any], None], board: Any) -> None:
         try:
-            job()
+            job(board)
         except Exception as problem:
             self._say(f"W&B: {_first_line(problem)}")
 

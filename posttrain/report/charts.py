@@ -1,0 +1,203 @@
+"""Small drawings as SVG text. Colours are names of the page's style, so that one drawing serves light and dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from posttrain.progress import number
+
+Points = Sequence[tuple[float, float | None]]
+WIDTH, HEIGHT = 320, 168
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 22
+MOST_POINTS = 400
+ARCH = 34
+SMOOTH_FROM = 40  # shorter curves are drawn as they are
+
+
+def ticks(low: float, high: float, count: int = 3) -> list[float]:
+    """About `count` round numbers that span [low, high]; the first and the last may lie outside."""
+    if not low < high:
+        pad = abs(low) * 0.1 or 1.0
+        low, high = low - pad, high + pad
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def thin(points: Points, most: int = MOST_POINTS) -> Points:
+    """At most `most` points, each the mean of as many neighbours; a gap stays a gap."""
+    size = -(-len(points) // most)
+    if size == 1:
+        return points
+    result: list[tuple[float, float | None]] = []
+    for i in range(0, len(points), size):
+        values = [value for _, value in points[i : i + size] if value is not None]
+        result.append((points[i][0], sum(values) / len(values) if values else None))
+    return result
+
+
+def smooth(points: Points) -> Points:
+    """An exponential mean over about a twentieth of the curve, without the bias of its start."""
+    keep = 1 - 1 / max(2.0, len(points) / 20)
+    total = weight = 0.0
+    result: list[tuple[float, float | None]] = []
+    for step, value in points:
+        if value is None:
+            result.append((step, None))
+            continue
+        total, weight = keep * total + value, keep * weight + 1
+        result.append((step, total / weight))
+    return result
+
+
+def curves(title: str, series: Mapping[str, Points], x_label: str = "step") -> str:
+    """A line chart of one to three series over a common x axis, with a title and, for several, a legend."""
+    series = {name: thin(points) for name, points in series.items()}
+    values = [value for points in series.values() for _, value in points if value is not None]
+    steps = [step for points in series.values() for step, _ in points]
+    marks = ticks(*_core(values))
+    x0, x1, y0, y1 = min(steps), max(steps), marks[0], marks[-1]
+
+    def at(step: float, value: float) -> str:
+        x = LEFT + (WIDTH - LEFT - RIGHT) * ((step - x0) / (x1 - x0) if x1 > x0 else 0.5)
+        y = TOP + (HEIGHT - TOP - BOTTOM) * (1 - (min(max(value, y0), y1) - y0) / (y1 - y0))
+        return f"{x:.1f},{y:.1f}"
+
+    body = []
+    for mark in marks:
+        y = float(at(x0, mark).split(",")[1])
+        body.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        body.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{number_of_tick(mark)}</text>')
+    body.append(f'<text class="tick" x="{LEFT}" y="{HEIGHT - 5}">{number_of_tick(x0)}</text>')
+    body.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">{escape(x_label)} {number_of_tick(x1)}</text>')
+    for place, (name, points) in enumerate(series.items(), start=1):
+        many = len(points) >= SMOOTH_FROM
+        if many:
+            body.append(f'<path class="line raw s{place}" d="{_path(points, at)}"/>')
+        body.append(f'<path class="line s{place}" d="{_path(smooth(points) if many else points, at)}"><title>{escape(name)}</title></path>')
+        if len(points) <= 12:
+            body += [f'<circle class="dot s{place}" r="2.4" {_centre(at(s, v))}/>' for s, v in points if v is not None]
+    newest = [f'<b class="k{i}">{escape(_short(name))} {_last(points)}</b>' for i, (name, points) in enumerate(series.items(), start=1)]
+    legend = "".join(newest) if len(series) > 1 else f"<b>{_last(next(iter(series.values())))}</b>"
+    drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(body)}</svg>'
+    return f'<figure><figcaption><span>{escape(title)}</span><span class="now">{legend}</span></figcaption>{drawing}</figure>'
+
+
+def intervals(
+    rows: Sequence[tuple[str, tuple[float, float, float]]],
+    low: float | None = None,
+    high: float | None = None,
+    mark: float | None = None,
+) -> str:
+    """One line per row: a bar to the mean, its 95 % interval, the number. Rows are (name, (mean, low, high)).
+
+    The axis spans [low, high] or what the rows need, and always 0; `mark` draws a dashed line there.
+    """
+    width, left, right, line = 720, 150, 96, 46
+    marks = ticks(
+        min([0.0, *(v[1] for _, v in rows)]) if low is None else low, max([*(v[2] for _, v in rows)]) if high is None else high, 4
+    )
+    x0, x1 = marks[0], marks[-1]
+    height = line * len(rows) + 26
+
+    def x(value: float) -> float:
+        return left + (width - left - right) * (value - x0) / (x1 - x0)
+
+    body = []
+    for tick in marks:
+        body.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="4" y2="{height - 20}"/>')
+        body.append(f'<text class="tick" x="{x(tick):.1f}" y="{height - 4}" text-anchor="middle">{number_of_tick(tick)}</text>')
+    for i, (name, (mean, least, most)) in enumerate(rows):
+        y = 4 + line * i + line / 2
+        start = x(max(x0, min(0.0, x1)))
+        bar = f'x="{min(start, x(mean)):.1f}" y="{y - 9:.1f}" width="{abs(x(mean) - start):.1f}" height="18" rx="4"'
+        body.append(f'<rect class="bar b{i % 4 + 1}" {bar}/>')
+        body.append(f'<path class="whisker" d="M{x(least):.1f} {y}H{x(most):.1f}M{x(least):.1f} {y - 5}v10M{x(most):.1f} {y - 5}v10"/>')
+        body.append(f'<text class="name" x="{left - 14}" y="{y + 5}" text-anchor="end">{escape(name)}</text>')
+        body.append(f'<text class="value" x="{max(x(most), start) + 12:.1f}" y="{y + 5}">{mean:.3f}</text>')
+    if mark is not None:
+        body.append(f'<line class="mark" x1="{x(mark):.1f}" x2="{x(mark):.1f}" y1="4" y2="{height - 20}"/>')
+    return f'<svg class="wide" viewBox="0 0 {width} {height}" role="img" aria-label="means with 95 % intervals">{"".join(body)}</svg>'
+
+
+def lineage(nodes: Sequence[tuple[str, str, str, Sequence[str]]]) -> str:
+    """The graph of stages from left to right. Nodes are (name, note below it, status, names that it stands on)."""
+    box_width, box_height, gap_x, gap_y = 158, 54, 48, 22
+    depth: dict[str, int] = {}
+    for name, _, _, inputs in nodes:  # stages only stand on earlier ones
+        depth[name] = 1 + max((depth[other] for other in inputs if other in depth), default=-1)
+    columns: dict[int, list[str]] = {}
+    for name, *_ in nodes:
+        columns.setdefault(depth[name], []).append(name)
+    tallest = max(map(len, columns.values()))
+    width = len(columns) * (box_width + gap_x) - gap_x + 4
+    arched = any(depth[name] - depth[other] > 1 for name, _, _, inputs in nodes for other in inputs if other in depth)
+    height = tallest * (box_height + gap_y) - gap_y + 4 + (ARCH if arched else 0)
+    place = {}
+    for column, names in columns.items():
+        top = (height + (ARCH if arched else 0) - (len(names) * (box_height + gap_y) - gap_y)) / 2
+        for row, name in enumerate(names):
+            place[name] = (2 + column * (box_width + gap_x), top + row * (box_height + gap_y))
+    edges, boxes = [], []
+    for name, note, status, inputs in nodes:
+        x, y = place[name]
+        for other in inputs:
+            if other in place:
+                fx, fy = place[other][0] + box_width, place[other][1] + box_height / 2
+                ty = y + box_height / 2
+                span = depth[name] - depth[other]
+                # an edge that passes other columns goes over them, or it would hide behind a box
+                bend, over = (gap_x * 0.6, 0) if span == 1 else ((x - fx) * 0.4, ARCH * 1.8)
+                curve = f"C{fx + bend:.0f} {fy - over:.1f} {x - bend:.0f} {ty - over:.1f}"
+                edges.append(f'<path class="edge" d="M{fx} {fy:.1f}{curve} {x} {ty:.1f}"/>')
+        boxes.append(
+            f'<g class="node {escape(status)}"><a href="#stage-{escape(name)}">'
+            f'<rect x="{x}" y="{y:.1f}" width="{box_width}" height="{box_height}" rx="10"/>'
+            f'<text class="name" x="{x + 14}" y="{y + 23:.1f}">{escape(name)}</text>'
+            f'<text class="tick" x="{x + 14}" y="{y + 41:.1f}">{escape(note)}</text></a></g>'
+        )
+    return (
+        f'<svg class="lineage" viewBox="0 0 {width} {height:.0f}" style="max-width:{width}px" role="img" aria-label="lineage">'
+        f"{''.join(edges + boxes)}</svg>"
+    )
+
+
+def number_of_tick(value: float) -> str:
+    """A round number without the zeros that `number` shows."""
+    text = number(float(value))
+    return text.rstrip("0").rstrip(".") if "." in text and text[-1].isdigit() and "e" not in text else text
+
+
+def _core(values: Sequence[float]) -> tuple[float, float]:
+    """The range to draw. A few early values far off would flatten all the rest, so the top and bottom 1 % may be cut."""
+    ordered = sorted(values)
+    cut = len(ordered) // 100
+    return ordered[cut], ordered[-1 - cut]
+
+
+def _path(points: Points, at) -> str:
+    parts, pen = [], "M"
+    for step, value in points:
+        if value is None:
+            pen = "M"
+            continue
+        parts.append(f"{pen}{at(step, value)}")
+        pen = "L"
+    return "".join(parts)
+
+
+def _centre(place: str) -> str:
+    x, y = place.split(",")
+    return f'cx="{x}" cy="{y}"'
+
+
+def _last(points: Points) -> str:
+    return number(next((value for _, value in reversed(points) if value is not None), None))
+
+
+def _short(name: str) -> str:
+    return name.split("_")[0] if name.startswith(("validation", "eval")) else "train"

@@ -1,0 +1,51 @@
+"""The result of a pipeline in the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from posttrain.progress import duration, number
+from posttrain.report.gather import gather, interval
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def print_result_table(folder: Path | str, console: Console | None = None) -> None:
+    """Print what came out of a pipeline, model against model, and what each stage cost."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = console or Console()
+    report = gather(folder)
+    found = report.evaluation
+    if found.get("gold_score"):
+        table = Table(title=f"{report.name}: gold score on held-out prompts", box=box.SIMPLE_HEAD, title_justify="left")
+        for name in ("model", "score", "95 % interval", "prompts", "pretraining loss"):
+            table.add_column(name, justify="left" if name == "model" else "right")
+        for name, entry in found["gold_score"].items():
+            mean, low, high = interval(entry) or (float("nan"),) * 3
+            loss = found.get("pretraining_loss", {}).get(name)
+            cells = (f"{mean:.3f}", f"{low:.3f} to {high:.3f}", str(entry.get("n", "")), f"{loss:.4f}" if loss is not None else "-")
+            table.add_row(name, *cells)
+        console.print(table)
+    for name, entry in found.get("gold_difference", {}).items():
+        if value := interval(entry):
+            console.print(f"  {name}: {value[0]:+.3f}, 95 % interval {value[1]:+.3f} to {value[2]:+.3f}", highlight=False, markup=False)
+    judged = found.get("reward_model", {})
+    if isinstance(judged.get("pair_accuracy"), int | float):
+        low, high = judged.get("ci95") or (judged["pair_accuracy"],) * 2
+        pairs = f"{judged['pair_accuracy']:.3f} of {judged.get('n_pairs', '?')} held-out pairs"
+        text = f"  reward model: {pairs}, 95 % interval {low:.3f} to {high:.3f}"
+        console.print(text, highlight=False, markup=False)
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("stage", "status", "time", "steps", "tokens", "tokens/s", "peak memory"):
+        table.add_column(name, justify="left" if name in ("stage", "status") else "right")
+    for stage in report.stages:
+        numbers = stage.to_json()
+        memory = f"{(numbers['peak_memory_bytes'] or 0) / 2**30:.2f} GiB"
+        costs = (duration(numbers["seconds"] or 0), *(number(numbers[k] or 0) for k in ("optimizer_steps", "tokens", "tokens_per_second")))
+        table.add_row(stage.name, stage.status, *costs, memory)
+    console.print(table)

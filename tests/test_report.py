@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from posttrain.report import headline_picture, print_result_table, write_report
+from posttrain.report.charts import smooth, thin, ticks
+from posttrain.report.gather import gather, merge
+
+SCRIPT = "<script>alert('&\"')</script>"
+STAGES = {
+    "pretrain": {},
+    "sft": {"model.path": "@pretrain"},
+    "samples": {"model": "@sft"},
+    "labels": {"rows": "@samples"},
+    "reward_model": {"model.path": "@sft", "data.path": "@labels"},
+    "ppo": {"policy": "@sft", "reward_model": "@reward_model"},
+    "evaluation": {"models.0": "@pretrain", "models.1": "@sft", "models.2": "@ppo", "reward_model": "@reward_model"},
+}
+
+
+def write(path: Path, data) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row) for row in data] if path.suffix == ".jsonl" else [json.dumps(data)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def curve(rng: random.Random, steps: int, start: float, end: float, noise: float) -> list[float]:
+    return [end + (start - end) * math.exp(-4 * i / steps) + rng.gauss(0, noise) for i in range(steps)]
+
+
+def made_up_metrics(name: str, rng: random.Random) -> list[dict]:
+    """Numbers with the shapes that such stages have."""
+    if name == "ppo":
+        series = {
+            "score": curve(rng, 30, -0.1, 1.7, 0.08),
+            "kl": curve(rng, 30, 0, 6.5, 0.3),
+            "entropy": curve(rng, 30, 1.1, 0.6, 0.03),
+            "clip_fraction": curve(rng, 30, 0.18, 0.06, 0.015),
+            "ptx_loss": curve(rng, 30, 2.31, 2.28, 0.01),
+            "value_explained_variance": curve(rng, 30, 0.1, 0.74, 0.05),
+            "response_length": curve(rng, 30, 14, 9.5, 0.4),
+            "ratio": curve(rng, 30, 1, 1, 0.002),
+            "policy_grad_norm": curve(rng, 30, 1.4, 0.8, 0.1),
+            "critic_grad_norm": curve(rng, 30, 3.4, 0.8, 0.2),
+            "lr": [1e-5 * (1 - i / 30) for i in range(30)],
+        }
+    elif name == "reward_model":
+        series = {"loss": curve(rng, 80, 0.69, 0.34, 0.03), "pair_accuracy": curve(rng, 80, 0.5, 0.86, 0.04), "lr": [1e-4] * 80}
+    elif name in ("pretrain", "sft"):
+        series = {"loss": curve(rng, 240, 5.7, 1.9, 0.06), "grad_norm": curve(rng, 240, 3, 0.7, 0.1), "lr": [1e-3] * 240}
+    else:
+        return []
+    lines = [{"step": i + 1, "time": 0.0, **{key: values[i] for key, values in series.items()}} for i in range(len(series["lr"]))]
+    if name == "sft":
+        for line in lines[19::20]:
+            line["validation_loss"] = line["loss"] + 0.15
+        lines[5] |= {"loss": None, "nonfinite": ["loss"]}
+    return lines
+
+
+def made_up_samples(name: str, rng: random.Random) -> list[dict]:
+    if name == "ppo":
+        return [
+            {"step": i // 4, "prompt": "Reverse: abc", "response": "cba", "score": rng.gauss(1, 1), "kl": 0.2, "finished": True}
+            for i in range(40)
+        ]
+    if name != "evaluation":
+        return []
+    rows = []
+    for model, right in (("base", 0.05), ("sft", 0.45), ("ppo", 0.72)):
+        for i in range(240):
+            task = ("spell_backward", "count_letters", "sort_numbers", "chain_sum")[i % 4]
+            prompt = [
+                {
+                    "role": "user",
+                    "content": f"{task.replace('_', ' ').capitalize()}: item {i} of the held-out set, please answer in one word.",
+                }
+            ]
+            score = 1.0 if (i * 37 % 100) / 100 < right else 0.0
+            rows.append(
+                dict(model=model, task=task, seed=0, index=i, prompt=prompt, response=f"The answer is {i + (score == 0)}.", score=score)
+            )
+    return rows
+
+
+RESULTS = {
+    "reward_model": {
+        "reward_model": {
+            "pair_accuracy": 0.79, "ci95": [0.75, 0.83], "n_pairs": 600, "held_out": True, "mean": 0.4, "std": 1.3,
+            "spearman_score_length": -0.21, "degenerate_probes": {"empty": -1.9, "repeated_token": -2.4, "echoed_prompt": -1.1},
+        }
+    },
+    "evaluation": {
+        "gold_score": {
+            "base": {"mean": 0.05, "ci95": [0.03, 0.08], "n": 240},
+            "sft": {"mean": 0.452, "ci95": [0.40, 0.51], "n": 240},
+            "ppo": {"mean": 0.718, "ci95": [0.66, 0.77], "n": 240},
+        },
+        "gold_difference": {
+            "sft - base": {"mean": 0.40, "ci95": [0.34, 0.46], "n": 240},
+            "ppo - sft": {"mean": 0.266, "ci95": [0.21, 0.32], "n": 240},
+        },
+        "pretraining_loss": {"base": 2.2811, "sft": 2.3342, "ppo": 2.3127},
+        "pretraining_loss_ci95": {"base": [2.26, 2.30], "sft": [2.31, 2.36], "ppo": [2.29, 2.33]},
+        "reward_model": {
+            "pair_accuracy": 0.874, "ci95": [0.85, 0.90], "n_pairs": 900,
+            "noisy": {"pair_accuracy": 0.80, "ci95": [0.77, 0.83], "n_pairs": 900}
+        },
+    },
+}  # fmt: skip
+
+
+def made_up_pipeline(folder: Path) -> Path:
+    """A finished InstructGPT-like run, as its stages would leave it."""
+    rng = random.Random(0)
+    entries = []
+    for place, (name, inputs) in enumerate(STAGES.items()):
+        function = {"pretrain": "posttrain.stages.sft:train", "sft": "posttrain.stages.sft:train"}.get(name, f"somewhere.{name}:run")
+        entries.append(
+            {"name": name, "status": "done", "function": function, "digest": f"{place}f3a9", "inputs": inputs, "seconds": 20.5 + 9 * place}
+        )
+        metrics = made_up_metrics(name, rng)
+        record = {"seconds": 20.5 + 9 * place, "optimizer_steps": 240, "tokens": 1_240_000, "tokens_per_second": 41_000.0}
+        record |= {"peak_memory_bytes": 812 * 2**20, "metrics": {"loss": 1.9}, "digest": f"{place}f3a9"}
+        record |= {"notes": ["demonstrations: 12 of 4,000 dropped, longer than 256 tokens"]} if name == "sft" else {}
+        write(folder / name / "stage.json", record)
+        config = {"optimizer": {"lr": 1e-3, "betas": [0.9, 0.95]}, "data": {"path": SCRIPT}, "batch_size": 64}
+        write(folder / name / "config.json", {"function": function, "config": config})
+        if metrics:
+            write(folder / name / "metrics.jsonl", metrics)
+        if samples := made_up_samples(name, rng):
+            write(folder / name / "samples.jsonl", samples)
+        if name in RESULTS:
+            write(folder / name / "results.json", RESULTS[name])
+    write(folder / "pipeline.json", {"name": "instructgpt", "seed": 0, "digest": "9c41e07d55aa31f0", "seconds": 332.0, "stages": entries})
+    return folder
+
+
+class Page(HTMLParser):
+    """Checks that every element is closed in order, and collects texts and attributes."""
+
+    VOID = ("meta", "input", "br", "line", "circle", "rect", "path")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def read_page(path: Path) -> Page:
+    page = Page()
+    page.feed(path.read_text())
+    page.close()
+    assert not page.open
+    return page
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    return made_up_pipeline(tmp_path_factory.mktemp("runs") / "instructgpt")
+
+
+def test_report_json_has_the_promised_shape(finished):
+    write_report(finished)
+    report = json.loads((finished / "report.json").read_text())
+    assert {"name", "digest", "seconds"} <= report["pipeline"].keys()
+    assert list(report["stages"]) == list(STAGES)
+    for stage in report["stages"].values():
+        assert {"seconds", "optimizer_steps", "tokens", "tokens_per_second", "peak_memory_bytes", "metrics"} <= stage.keys()
+    evaluation = report["evaluation"]
+    assert evaluation["gold_score"]["ppo"] == {"mean": 0.718, "ci95": [0.66, 0.77], "n": 240}
+    assert evaluation["pretraining_loss"]["base"] == 2.2811
+    # the evaluation's verdict on the reward model counts, and its own probes stay
+    assert evaluation["reward_model"]["pair_accuracy"] == 0.874 and "empty" in evaluation["reward_model"]["degenerate_probes"]
+
+
+def test_the_page_is_well_formed_and_stands_alone(finished):
+    page = read_page(write_report(finished))
+    text = (finished / "report.html").read_text()
+    assert not re.search(r"https?:|@import|url\(|src=", text)
+    assert all(value.startswith("#") for tag, name, value in page.attributes if name in ("href", "src"))
+    said = " ".join(page.texts)
+    for word in ("0.718", "+0.266", "2.3127", "12 of 4,000 dropped", "not finite at some step: loss", "validation_loss", "spell_backward"):
+        assert word in said or word in text, word
+    names = {value for tag, name, value in page.attributes if name == "id"}
+    assert {f"stage-{name}" for name in STAGES} <= names
+    assert page.tags.count("figure") > 15
+
+
+def test_texts_are_escaped_everywhere(tmp_path):
+    evil = {"prompt": SCRIPT, "response": SCRIPT, "model": SCRIPT, "task": SCRIPT, "score": 1.0}
+    stage = {"name": "s", "status": SCRIPT, "function": SCRIPT, "inputs": {"a": f"@{SCRIPT}"}, "digest": SCRIPT}
+    write(tmp_path / "pipeline.json", {"name": SCRIPT, "seed": SCRIPT, "digest": SCRIPT, "stages": [stage]})
+    write(tmp_path / "s" / "stage.json", {"notes": [SCRIPT], "seconds": 1})
+    write(tmp_path / "s" / "config.json", {"config": {SCRIPT: SCRIPT}})
+    write(tmp_path / "s" / "metrics.jsonl", [{"step": i, SCRIPT: 1.0 * i} for i in (1, 2)])
+    write(tmp_path / "s" / "samples.jsonl", [evil, {"prompt": SCRIPT, "response": SCRIPT, "score": SCRIPT}])
+    gold = {SCRIPT: {"mean": 0.5, "ci95": [0.4, 0.6], "n": SCRIPT}}
+    write(tmp_path / "s" / "results.json", {"gold_score": gold, "gold_difference": {f"{SCRIPT} - b": gold[SCRIPT]}})
+    page = read_page(write_report(tmp_path))
+    assert page.tags.count("script") == 1
+    assert not any(name.startswith("on") for _, name, _ in page.attributes)
+
+
+@pytest.mark.parametrize("missing", ["stage.json", "metrics.jsonl", "samples.jsonl", "results.json", "config.json"])
+def test_missing_files_leave_gaps_only(tmp_path, missing):
+    folder = made_up_pipeline(tmp_path / "run")
+    for path in folder.glob(f"*/{missing}"):
+        path.unlink()
+    read_page(write_report(folder))
+
+
+def test_a_pipeline_that_has_just_begun(tmp_path):
+    stages = [{"name": name, "status": "waiting", "inputs": inputs} for name, inputs in STAGES.items()]
+    write(tmp_path / "pipeline.json", {"name": "young", "stages": stages})
+    read_page(write_report(tmp_path))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["evaluation"] == {} and report["stages"]["sft"]["seconds"] == 0
+    write(tmp_path / "pipeline.json", {"name": "empty", "stages": []})
+    read_page(write_report(tmp_path))
+
+
+def test_errors_name_the_file(tmp_path):
+    with pytest.raises(ValueError, match=r"has no pipeline\.json"):
+        write_report(tmp_path)
+    write(tmp_path / "pipeline.json", {"stages": [{"name": "sft"}]})
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "stage.json").write_text("{")
+    with pytest.raises(ValueError, match=r"stage\.json is no JSON.*--redo sft"):
+        write_report(tmp_path)
+
+
+def test_settings_that_differ_from_the_defaults_come_first(finished):
+    from posttrain.report.settings import settings_table
+
+    table = settings_table(gather(finished).stages[1])
+    assert re.search(r"\d of 4 settings differ from the defaults", table)
+    assert "4 settings" in settings_table(gather(finished).stages[2])  # its function can't be found: nothing to compare with
+
+
+def test_the_result_table_on_the_console(finished):
+    output = io.StringIO()
+    print_result_table(finished, Console(file=output, width=120))
+    for word in ("0.718", "0.660 to 0.770", "2.3127", "ppo - sft: +0.266", "0.874 of 900", "0.79 GiB", "5:32"[:1]):
+        assert word in output.getvalue()
+
+
+def test_the_headline_picture(finished, tmp_path):
+    path = headline_picture(finished, tmp_path / "picture.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    write(tmp_path / "pipeline.json", {"stages": []})
+    with pytest.raises(ValueError, match="no gold_score"):
+        headline_picture(tmp_path, tmp_path / "b.png")
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (-0.1, 1.7), (1e-6, 3e-6), (0.5, 0.5), (0, 0), (-5, -5), (2.28, 2.31), (1, 1e6)])
+def test_ticks_are_round_few_and_span_the_range(low, high):
+    marks = ticks(low, high)
+    assert marks[0] <= low and marks[-1] >= high and 2 <= len(marks) <= 6
+    assert all(b > a for a, b in pairwise(marks))
+
+
+def test_thinning_keeps_means_and_gaps():
+    points = [(i, None if i < 10 else float(i)) for i in range(1000)]
+    thinned = thin(points, 100)
+    assert len(thinned) == 100 and thinned[0] == (0, None)
+    assert all(value == sum(range(step, step + 10)) / 10 for step, value in thinned[1:])
+    assert smooth([(0, 2.0), (1, None), (2, 2.0)]) == [(0, 2.0), (1, None), (2, 2.0)]
+
+
+def test_results_are_merged_in_order():
+    into = {"a": {"x": 1, "y": 2}, "b": 1}
+    merge(into, {"a": {"y": 3, "z": {"w": 4}}, "c": 5})
+    assert into == {"a": {"x": 1, "y": 3, "z": {"w": 4}}, "b": 1, "c": 5}
