@@ -320,7 +320,7 @@ class Run:
 
 def command_line() -> str:
     """The command that goes on with this run, as far as a worker process knows it: without --redo, which would begin anew."""
-    words = list(sys.argv)
+    words = [word for word in sys.argv if not word.startswith("--redo=")]
     while "--redo" in words:
         at = words.index("--redo")
         end = next((i for i in range(at + 1, len(words)) if words[i].startswith("-")), len(words))
@@ -333,11 +333,14 @@ def write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing: a temporary file in the same folder, then a rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -274,8 +274,9 @@ def _record(pipeline: Pipeline, changes: dict[str, dict[str, Any]] | None = None
 
 
 def _report(pipeline: Pipeline) -> None:
-    from posttrain.report import write_report
+    from posttrain.report import print_result_table, write_report
 
+    print_result_table(pipeline.output_dir)
     print(f"\nreport: {write_report(pipeline.output_dir)}", flush=True)
 
 
