@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config import DataConfig, ModelConfig, SamplingConfig, resolve, runtime, when
-from posttrain.evaluation.statistics import Interval, bootstrap_difference, bootstrap_ratio
+from posttrain.evaluation.statistics import Interval, bootstrap_difference, bootstrap_mean, bootstrap_ratio
 
 if TYPE_CHECKING:
     from posttrain.data.chat import Chat
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from posttrain.run import Run
 
 VERSION = 1
-SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +101,11 @@ class GoldConfig:
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """One model's results: `scores` (P,) per prompt, mean over its samples; text loss and tokens (W,) per window."""
+    """One model's results: the rows `places` (P,) that it answered and their `scores` (P,), means over its samples; text
+    losses and tokens (W,) per window."""
 
     name: str
+    places: list[int]
     scores: list[float]
     text_losses: list[float]
     text_tokens: list[float]
@@ -135,7 +136,7 @@ def evaluate(config: GoldConfig, run: Run) -> Path:
     for place in run.steps(len(config.models), unit="model"):
         verdicts.judged.append(judge(config, run, config.names[place], config.models[place], rows, texts, score))
         run.checkpoint(force=True)
-    results = compare(verdicts.judged, run.seed)
+    results = compare(verdicts.judged, [str(row.get("task", "")) for row in rows], run.seed)
     if config.reward_model:
         results["reward_model"] = judge_reward_model(config, run)
     path = run.results(results)
@@ -191,7 +192,7 @@ def judge(
     if windows:
         metrics[f"{name}/pretraining_loss"] = sum(losses) / sum(tokens)
     run.log(metrics, tokens=rollout.num_tokens + int(sum(tokens)))
-    return Judged(name, means, losses, tokens)
+    return Judged(name, list(kept.indices), means, losses, tokens)
 
 
 def score_responses(score: Any, rows: Sequence[dict[str, Any]], rollout: Rollout, chat: Chat) -> list[tuple[str, float]]:
@@ -239,15 +240,16 @@ def text_loss(model: Any, windows: Sequence[Tree], run: Run, max_tokens: int) ->
     return [-float(x.double().sum()) for x in logprobs], [float(len(x)) for x in logprobs]
 
 
-def compare(judged: Sequence[Judged], seed: int) -> dict[str, Any]:
-    """Means with intervals for each model, and paired differences between each and the one before."""
-    results: dict[str, Any] = {"gold_score": {}, "gold_difference": {}}
-    for model in judged:
-        results["gold_score"][model.name] = interval_of(model.scores, seed).to_json()
-    for before, after in pairwise(judged):
-        name = f"{after.name} - {before.name}"
-        if len(before.scores) == len(after.scores):
-            results["gold_difference"][name] = bootstrap_difference(before.scores, after.scores, seed=seed).to_json()
+def compare(judged: Sequence[Judged], tasks: Sequence[str], seed: int) -> dict[str, Any]:
+    """Means with intervals for each model, paired differences between each and the one before, means by task."""
+    results: dict[str, Any] = {
+        "gold_score": {model.name: bootstrap_mean(model.scores, seed=seed).to_json() for model in judged},
+        "gold_difference": {f"{b.name} - {a.name}": difference(a, b, seed).to_json() for a, b in pairwise(judged)},
+    }
+    if len(set(tasks)) > 1:
+        results["gold_score_by_task"] = {
+            task: {model.name: mean_of_task(model, tasks, task) for model in judged} for task in sorted(set(tasks))
+        }
     if any(model.text_tokens for model in judged):
         losses = {model.name: bootstrap_ratio(model.text_losses, model.text_tokens, seed=seed) for model in judged}
         results["pretraining_loss"] = {name: loss.mean for name, loss in losses.items()}
@@ -255,8 +257,16 @@ def compare(judged: Sequence[Judged], seed: int) -> dict[str, Any]:
     return results
 
 
-def interval_of(values: Sequence[float], seed: int) -> Interval:
-    return bootstrap_ratio(values, [1.0] * len(values), seed=seed)
+def difference(before: Judged, after: Judged, seed: int) -> Interval:
+    """Prompt by prompt, over the rows that both models answered (one's tokenizer may make a prompt too long)."""
+    first, second = dict(zip(before.places, before.scores)), dict(zip(after.places, after.scores))
+    common = [place for place in before.places if place in second]
+    return bootstrap_difference([first[i] for i in common], [second[i] for i in common], seed=seed)
+
+
+def mean_of_task(model: Judged, tasks: Sequence[str], task: str) -> float:
+    scores = [score for place, score in zip(model.places, model.scores) if tasks[place] == task]
+    return sum(scores) / max(1, len(scores))
 
 
 def judge_reward_model(config: GoldConfig, run: Run) -> dict[str, Any]:

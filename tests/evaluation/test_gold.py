@@ -107,6 +107,15 @@ def test_every_number_follows_from_the_samples(evaluated):
         assert results["gold_score"][name] == bootstrap_mean(means[name], seed=3).to_json()
     difference = bootstrap_difference(means["base"], means["sft"], seed=3).to_json()
     assert results["gold_difference"] == {"sft - base": difference}
+    assert set(results["gold_score_by_task"]) == {"task0", "task1"}
+    even = [row["score"] for row in samples if row["model"] == "sft" and row["task"] == "task0"]
+    assert results["gold_score_by_task"]["task0"]["sft"] == pytest.approx(sum(even) / len(even))
+
+
+def test_differences_are_over_the_prompts_that_both_models_answered():
+    one = gold.Judged("one", [0, 1, 3], [0.0, 0.5, 1.0], [], [])
+    two = gold.Judged("two", [1, 2, 3], [0.75, 9.0, 1.25], [], [])
+    assert gold.difference(one, two, seed=0).to_json() == {"mean": 0.25, "ci95": [0.25, 0.25], "n": 2}
 
 
 def test_the_text_loss_is_that_of_plain_transformers(config, evaluated):
