@@ -29,10 +29,7 @@ SHOWN = 5
 class Ranks(Protocol):
     """What is asked of a world of several processes."""
 
-    @property
-    def is_main(self) -> bool: ...
-
-    def barrier(self, phase: str) -> None: ...
+    def first_says(self, decide: Callable[[], Any], phase: str) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -307,11 +304,14 @@ def _cached(
     identity = [VERSION, what, chat.digest, chat.system_prompt, dict(limits), rows_digest(rows)]
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     path = Path(cache) / f"{what}-{name}.safetensors"
-    if not path.exists() and (world is None or world.is_main):
-        trees, kept = build()
-        save_trees(path, trees, {**vars(kept), "indices": list(kept.indices)})
-    if world is not None:
-        world.barrier("tokenising")
+
+    def make() -> None:
+        if not path.exists():
+            trees, kept = build()
+            save_trees(path, trees, {**vars(kept), "indices": list(kept.indices)})
+
+    # what the main rank raises, every rank raises
+    make() if world is None else world.first_says(make, "tokenising")
     if not path.exists():  # a folder that the main rank's machine doesn't share
         return build()
     trees, counts = load_trees(path)

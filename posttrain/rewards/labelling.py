@@ -5,6 +5,7 @@
 Writes three files of comparison rows: train.jsonl, validation.jsonl and validation_clean.jsonl. Validation prompts are
 split off by the prompt's digest, so that no prompt is in both. The labeler misjudges a response with probability `noise`:
 it then gets the score of another response to the same prompt. validation_clean has the same rows without mistakes.
+Rows in which all responses are equally good say nothing and are left out, counted.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config import DataConfig, resolve, when
+from posttrain.ops import ordered_pairs
 
 if TYPE_CHECKING:
     from posttrain.run import Run
@@ -79,26 +81,33 @@ def write_comparisons(config: LabelConfig, rows: Sequence[dict[str, Any]], folde
     score = resolve(config.score)
     generator = random.Random(run.seed)
     files: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "validation_clean": []}
-    changed = pairs = 0
+    total, tied, pairs, reversed_pairs = 0.0, 0, 0, 0
     for row in rows:
         clean = [float(score(row, response)) for response in row["responses"]]
         noisy = misjudge(clean, config.noise, generator)
-        comparison = {"prompt": row["prompt"], "responses": row["responses"], "ranks": ranks_of(noisy), "scores": clean}
-        if is_validation(row["prompt"], config.validation_fraction):
-            files["validation"].append(comparison)
-            files["validation_clean"].append({**comparison, "ranks": ranks_of(clean)})
-        else:
-            files["train"].append(comparison)
-        order = [(i, j) for i in range(len(clean)) for j in range(i)]
-        pairs += sum(clean[i] != clean[j] for i, j in order)
-        changed += sum((clean[i] - clean[j]) * (noisy[i] - noisy[j]) < 0 for i, j in order)
+        total += sum(clean) / len(clean)
+        pairs += len(ordered_pairs(ranks_of(clean)))
+        reversed_pairs += sum(noisy[i] < noisy[j] for i, j in ordered_pairs(ranks_of(clean)))
+        part = "validation" if is_validation(row["prompt"], config.validation_fraction) else "train"
+        for name, scores in ((part, noisy), *([("validation_clean", clean)] if part == "validation" else [])):
+            if len(set(scores)) > 1:
+                files[name].append({**row, "ranks": ranks_of(scores), "scores": clean})
+            else:
+                tied += name == part
     folder.mkdir(parents=True, exist_ok=True)
     for name, comparisons in files.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(c, ensure_ascii=False) + "\n" for c in comparisons), encoding="utf-8")
-    mean = sum(sum(c["scores"]) / len(c["scores"]) for part in ("train", "validation") for c in files[part]) / max(1, len(rows))
-    run.results({"labels": {"rows": len(rows), "mean_score": mean, "pairs": pairs, "reversed_pairs": changed}})
-    run.say(f"{len(rows)} prompts ranked, mean score {mean:.3f}; {changed} of {pairs} pairs reversed by mistake")
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in comparisons), encoding="utf-8")
+    counts = {name: len(comparisons) for name, comparisons in files.items()}
+    mean = total / len(rows)
+    run.results({"labels": {**counts, "tied": tied, "mean_score": mean, "pairs": pairs, "reversed_pairs": reversed_pairs}})
+    run.say(f"{len(rows)} prompts, mean score {mean:.3f}, {tied} all tied; {reversed_pairs} of {pairs} pairs reversed by mistake")
+
+
+def length(row: dict[str, Any], response: str) -> float:
+    """The number of characters of a response: a labeler who can always tell responses apart."""
+    return float(len(response))
 
 
 def smoke(config: LabelConfig) -> LabelConfig:
-    return replace(config, responses=replace(config.responses, limit=64))
+    """Rank by length: what an untrained model answers is all equally wrong."""
+    return replace(config, score=f"{__name__}:length", validation_fraction=0.5)

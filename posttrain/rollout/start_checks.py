@@ -10,7 +10,7 @@ import torch
 from posttrain.engine.tally import Tally
 
 if TYPE_CHECKING:
-    from posttrain.engine.trained import TrainedModel
+    from posttrain.engine.model import TrainedModel
     from posttrain.packing import PackedBatch
 
 

@@ -34,7 +34,7 @@ from posttrain.ops import kl_k1, kl_k3, nll, sum_by_length, whiten
 
 if TYPE_CHECKING:
     from posttrain.data.chat import Chat
-    from posttrain.engine.trained import FrozenModel, TrainedModel
+    from posttrain.engine.model import FrozenModel, TrainedModel
     from posttrain.rollout.local import Rollout
     from posttrain.run import Run
 
@@ -262,6 +262,7 @@ def train(config: PPOConfig, run: Run) -> Path:
     from posttrain.data.sampler import Sampler
     from posttrain.engine.tally import Tally, UpdateLog
     from posttrain.inputs import load_prompts, load_texts
+    from posttrain.models.loading import CALIBRATION_FILE, Calibration
     from posttrain.rollout.start_checks import FirstStep
     from posttrain.rollout.trees import minibatches
 
@@ -325,13 +326,16 @@ def train(config: PPOConfig, run: Run) -> Path:
 
         # 5. what happened
         metrics = summary(experience, scores, rewards, returns) | log.means() | per_token(tally.total(engine.world))
-        metrics |= {"kl_coef": kl_control.coef, "ptx_loss": metrics.pop("ptx_loss", 0.0) / (config.ptx_coef or 1)}
+        metrics |= {"kl_coef": kl_control.coef, "ptx_loss": metrics.get("ptx_loss", 0.0) / (config.ptx_coef or 1)}
+        warn_of_imbalance(metrics, run)
         kl_control.update(metrics["kl"], len(scores))
         run.log(metrics, tokens=tokens, optimizer_steps=config.updates_per_iteration)
         run.samples(sample_rows(experience, chat, scores))
         run.checkpoint()
 
-    engine.export(critic, run.folder / "critic", chat.tokenizer, extra_files=critic_files(critic))
+    shift, spread = critic.module.calibration
+    own_scale = {CALIBRATION_FILE: Calibration(bias=shift, std=spread).to_json()}
+    engine.export(critic, run.folder / "critic", chat.tokenizer, extra_files=own_scale)
     return engine.export(policy, run.folder / "model", chat.tokenizer, ema=config.ema_decay > 0)
 
 
@@ -356,7 +360,7 @@ def load_models(config: PPOConfig, chat: Chat, run: Run) -> tuple[TrainedModel, 
     if config.score.scaling == "calibration":
         # the critic predicts scores, so it starts on their scale
         stored = read_calibration(config.reward_model.path)
-        scorer.calibration = starting_critic.calibration = (stored["bias"], stored["std"])
+        scorer.calibration = starting_critic.calibration = (stored.bias, stored.std)
     return (
         engine.train(starting_policy, config.policy_optimizer, policy_updates, name="policy", ema_decay=config.ema_decay),
         engine.freeze(reference, name="reference"),
@@ -446,6 +450,15 @@ def per_token(totals: dict[str, float]) -> dict[str, float]:
     return {name: total / tokens for name, total in totals.items()}
 
 
+def warn_of_imbalance(metrics: dict[str, float], run: Run) -> None:
+    """Clipping acts on the sum of both gradients: the larger one silences the other when they are far apart."""
+    norms = metrics.get("policy_grad_norm", 0.0), metrics.get("ptx_grad_norm", 0.0)
+    if min(norms) > 0 and max(norms) > 10 * min(norms):
+        run.say(
+            f"policy and ptx gradient norms are {norms[0]:.2g} and {norms[1]:.2g}: the smaller one hardly counts; ptx_coef balances them"
+        )
+
+
 def sample_rows(experience: Experience, chat: Chat, scores: Tensor, count: int = 4) -> list[dict[str, Any]]:
     """The first responses of an iteration, for people to read."""
     rollout = experience.rollout
@@ -462,12 +475,19 @@ def sample_rows(experience: Experience, chat: Chat, scores: Tensor, count: int =
     ]
 
 
-def critic_files(critic: TrainedModel) -> dict[str, str]:
-    """The critic's own calibration, so that its folder reads as a reward model with the critic's values."""
-    import json
+def plan(config: PPOConfig) -> dict[str, Any]:
+    """Prompts, an upper bound on tokens, steps, memory and time."""
+    from posttrain.estimates import rows_and_tokens, training_cost
 
-    shift, scale = critic.module.calibration
-    return {"reward_calibration.json": json.dumps({"bias": shift, "mean": 0.0, "std": scale})}
+    size = rows_and_tokens(config.prompts, "prompt", config.policy.path)
+    if "tokens" not in size:
+        return size
+    episode = size["tokens"] / size["rows"] + config.sampling.max_new_tokens
+    updates = config.num_iterations * config.updates_per_iteration
+    trained = updates * (2 * config.minibatch_size * episode + (config.ptx_batch_size * config.ptx_window if config.ptx_coef else 0))
+    scored = config.num_iterations * config.rollout_batch_size * episode * 5 / 3  # five forward passes, sampling included
+    cost = training_cost(config.policy.path, trained + scored, trained_models=2, frozen_models=2)
+    return {"prompts": size["rows"], "optimizer steps": updates, "tokens at most": round(trained + scored)} | cost
 
 
 def smoke(config: PPOConfig) -> PPOConfig:

@@ -29,6 +29,7 @@ from posttrain.packing import Forest, Tree, segment
 
 if TYPE_CHECKING:
     from posttrain.data.chat import Chat
+    from posttrain.models.loading import Calibration
     from posttrain.run import Run
 
 VERSION = 1
@@ -119,7 +120,7 @@ def train(config: RewardModelConfig, run: Run) -> Path:
     from posttrain.data.chat import Chat
     from posttrain.data.sampler import Sampler
     from posttrain.inputs import load_comparisons
-    from posttrain.models.loading import load_scalar_model
+    from posttrain.models.loading import CALIBRATION_FILE, load_scalar_model
 
     engine = run.engine
     chat = Chat.load(config.model.path, config.template)
@@ -149,7 +150,7 @@ def train(config: RewardModelConfig, run: Run) -> Path:
         run.checkpoint()
 
     calibration = calibrate(model, held_out or trees, chat, config, run)
-    return engine.export(model, run.folder / "model", chat.tokenizer, extra_files={"reward_calibration.json": calibration})
+    return engine.export(model, run.folder / "model", chat.tokenizer, extra_files={CALIBRATION_FILE: calibration.to_json()})
 
 
 def score_trees(model: Any, trees: Sequence[Tree], run: Run, config: RewardModelConfig) -> list[Tensor]:
@@ -168,15 +169,14 @@ def held_out_accuracy(scores: Sequence[Tensor], trees: Sequence[Tree]) -> dict[s
     return {"pair_accuracy": correct / max(1, pairs), "ci95": list(wilson_interval(correct, pairs)), "n_pairs": pairs}
 
 
-def calibrate(model: Any, trees: Sequence[Tree], chat: Chat, config: RewardModelConfig, run: Run) -> str:
-    """Measure the trained model and return reward_calibration.json: bias, and mean and std of scores after it.
+def calibrate(model: Any, trees: Sequence[Tree], chat: Chat, config: RewardModelConfig, run: Run) -> Calibration:
+    """Measure the trained model: the bias under which demonstrations score 0, and mean and std of held-out scores after it.
 
     Also reports what goes wrong unnoticed: scores that follow the length, and scores of degenerate responses.
     """
-    import json
-
     from posttrain.evaluation.statistics import spearman
     from posttrain.inputs import load_demonstrations
+    from posttrain.models.loading import Calibration
 
     bias = 0.0
     if config.demonstrations.path:
@@ -200,7 +200,7 @@ def calibrate(model: Any, trees: Sequence[Tree], chat: Chat, config: RewardModel
     }
     run.results(results)
     run.say(f"reward model: {results['reward_model']}")
-    return json.dumps({"bias": bias, "mean": float(flat.mean()), "std": float(flat.std())}, indent=2)
+    return Calibration(bias=bias, mean=float(flat.mean()), std=float(flat.std()))
 
 
 def degenerate_probes(trees: Sequence[Tree], chat: Chat) -> dict[str, list[Tree]]:
@@ -221,6 +221,16 @@ def degenerate_probes(trees: Sequence[Tree], chat: Chat) -> dict[str, list[Tree]
         "repeated_token": [answer(tree, first_token(tree) * 16) for tree in trees],
         "echoed_prompt": [answer(tree, echo(tree)) for tree in trees],
     }
+
+
+def plan(config: RewardModelConfig) -> dict[str, Any]:
+    """Rows, tokens, steps, memory and time."""
+    from posttrain.estimates import rows_and_tokens, training_cost
+
+    size = rows_and_tokens(config.data, "comparison", config.model.path)
+    if "tokens" in size:
+        size["optimizer steps"] = max(1, round(config.epochs * size["rows"] / config.batch_size))
+    return size | training_cost(config.model.path, size["tokens"] * config.epochs if "tokens" in size else None)
 
 
 def smoke(config: RewardModelConfig) -> RewardModelConfig:

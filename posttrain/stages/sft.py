@@ -170,6 +170,33 @@ def held_out_loss(policy: Any, trees: Sequence[Tree], run: Run, max_tokens: int)
     return -sum(float(x.sum(dtype=x.double().dtype)) for x in logprobs) / sum(len(x) for x in logprobs)
 
 
+def plan(config: SFTConfig) -> dict[str, Any]:
+    """Rows, tokens, steps, memory and time."""
+    from posttrain.estimates import rows_and_tokens, training_cost
+
+    size = rows_and_tokens(config.data, config.row_type, config.model.path)
+    if config.row_type == "text" and "tokens" in size:
+        size["optimizer steps"] = max(1, round(config.epochs * size["tokens"] / config.max_length / config.batch_size))
+    elif "tokens" in size:
+        size["optimizer steps"] = max(1, round(config.epochs * size["rows"] / config.batch_size))
+    return size | training_cost(config.model.path, size["tokens"] * config.epochs if "tokens" in size else None)
+
+
+def preview(config: SFTConfig) -> str:
+    """The first rows as the model will read them, trained text in green."""
+    from posttrain.data.chat import Chat
+    from posttrain.data.rows import read_rows
+
+    if config.model.path.startswith("@"):
+        return f"shown when {config.model.path} has run: its tokenizer and template are needed"
+    rows = read_rows(replace(config.data, limit=3), config.row_type)
+    if config.row_type == "text":
+        return "\n\n".join(f"\x1b[32m{row['text']}\x1b[0m" for row in rows)
+    chat = Chat.load(config.model.path, config.template)
+    pieces = [chat.pieces(row["messages"], row.get("tools")) for row in rows]
+    return "\n\n".join("".join(f"\x1b[32m{p.text}\x1b[0m" if p.trained else p.text for p in parts) for parts in pieces)
+
+
 def smoke(config: SFTConfig) -> SFTConfig:
     """The same stage on 64 rows, for two optimizer steps."""
     rows = replace(config.data, limit=64)

@@ -1,0 +1,103 @@
+"""What a stage will cost, before any model is loaded: rows and tokens, weights and memory, time.
+
+Guesses, and marked so: tokens come from a sample of rows, time from the speed of one matrix product on this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from posttrain.config import DataConfig
+
+SAMPLE = 256
+BYTES_TRAINED = 16  # fp32 weight, gradient and Adam's two moments
+EFFICIENCY = 0.4  # share of the matrix product's speed that a whole training step reaches, measured on small models
+
+
+def rows_and_tokens(data: DataConfig, kind: str, model_path: str) -> dict[str, Any]:
+    """{"rows", "tokens"} of a source; tokens are guessed from a sample with the model's tokenizer, or from characters."""
+    from posttrain.data.rows import read_rows
+
+    if data.path.startswith("@"):
+        return {"rows": f"known when {data.path} has run"}
+    rows = read_rows(data, kind)
+    sample = rows[:: max(1, len(rows) // SAMPLE)]
+    texts = ["".join(_texts(row)) for row in sample]
+    tokenizer = _tokenizer(model_path)
+    lengths = [len(e.ids) for e in tokenizer.encode_batch(texts)] if tokenizer else [len(text) / 4 for text in texts]
+    how = f"from {len(sample)} rows" if tokenizer else f"4 characters a token, from {len(sample)} rows"
+    return {"rows": len(rows), "tokens": round(sum(lengths) / len(lengths) * len(rows)), "tokens are": f"a guess, {how}"}
+
+
+def training_cost(model_path: str, tokens: Any, *, trained_models: int = 1, frozen_models: int = 0) -> dict[str, Any]:
+    """{"parameters", "memory", "time"} of training on so many tokens; {} for a model that isn't on this disk yet."""
+    parameters = count_parameters(model_path)
+    if not parameters:
+        return {}
+    memory = parameters * (BYTES_TRAINED * trained_models + 4 * frozen_models) / 2**30
+    cost = {"parameters": parameters, "memory": f"about {memory:.2f} GiB and activations, one process; ZeRO divides it by the ranks"}
+    if isinstance(tokens, int | float):
+        cost["time"] = f"about {6 * parameters * tokens / (EFFICIENCY * matmul_flops()) / 60:.1f} min on one device like this one"
+    return cost
+
+
+def count_parameters(model_path: str) -> int:
+    """Parameters in a folder's safetensors, read from their headers; 0 where there are none."""
+    return sum(_header_parameters(file) for file in sorted(Path(model_path).glob("*.safetensors"))) if model_path else 0
+
+
+@cache
+def matmul_flops() -> float:
+    """FLOP/s of a square fp32 matrix product, the best of a few."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    n = 4096 if device == "cuda" else 768
+    a = torch.randn(n, n, device=device)
+    best = float("inf")
+    for _ in range(4):
+        began = time.perf_counter()
+        (a @ a).sum().item()
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+def _header_parameters(file: Path) -> int:
+    with file.open("rb") as content:
+        (size,) = struct.unpack("<Q", content.read(8))
+        header = json.loads(content.read(size))
+    total = 0
+    for name, entry in header.items():
+        if name != "__metadata__":
+            count = 1
+            for length in entry["shape"]:
+                count *= length
+            total += count
+    return total
+
+
+def _tokenizer(model_path: str) -> Any:
+    file = Path(model_path) / "tokenizer.json"
+    if not model_path or not file.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(file))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a row that a model reads, whatever its type."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, dict):
+        for name in ("messages", "content", "prompt", "responses", "response", "text"):
+            yield from _texts(value.get(name))

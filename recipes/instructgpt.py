@@ -1,0 +1,148 @@
+"""InstructGPT (arXiv 2203.02155), end to end: pretraining gradients included, one file.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/instructgpt.py tiny
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/instructgpt.py smollm2 --data-dir ../shared/data
+    accelerate launch --config_file accelerate_configs/zero3.yaml recipes/instructgpt.py llama-8b
+
+Every field of a preset is an option: `--ppo.kl-coef 0.05`. `--plan` shows what would run, and runs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from posttrain.config import DataConfig, ModelConfig, OptimizerConfig, SamplingConfig, runtime
+from posttrain.evaluation import gold
+from posttrain.evaluation.gold import GoldConfig
+from posttrain.pipeline import Pipeline, main
+from posttrain.rewards import labelling
+from posttrain.rewards.labelling import LabelConfig
+from posttrain.rollout import generate
+from posttrain.rollout.generate import GenerateConfig
+from posttrain.stages import ppo, reward_model, sft
+from posttrain.stages.ppo import PPOConfig, ScoreConfig
+from posttrain.stages.reward_model import RewardModelConfig
+from posttrain.stages.sft import SFTConfig
+from recipes import tiny_world
+from recipes.tiny_world import BaseConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructGPT:
+    """SFT -> reward model -> PPO-ptx -> evaluation."""
+
+    output_dir: str = runtime("runs/instructgpt")
+    seed: int = 0
+    pretrain: bool = False
+    """Begin with a blank model, pretrained here, instead of `sft.model`."""
+    rank_own_samples: bool = False
+    """Have a scoring function rank samples of the SFT model, instead of reading comparisons."""
+    blank: BaseConfig = field(default_factory=BaseConfig)
+    pretraining: SFTConfig = field(default_factory=SFTConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    candidates: GenerateConfig = field(default_factory=GenerateConfig)
+    labels: LabelConfig = field(default_factory=LabelConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    evaluation: GoldConfig = field(default_factory=GoldConfig)
+
+
+def build(recipe: InstructGPT) -> Pipeline:
+    pipeline = Pipeline("instructgpt", recipe.output_dir, seed=recipe.seed)
+    base = recipe.sft.model
+    if recipe.pretrain:
+        blank = pipeline.stage("blank", tiny_world.make_base, recipe.blank)
+        trained = pipeline.stage("base", sft.train, replace(recipe.pretraining, model=ModelConfig(path=blank)))
+        base = replace(base, path=trained)
+    policy = replace(base, path=pipeline.stage("sft", sft.train, replace(recipe.sft, model=base)))
+
+    comparisons = {"data": recipe.reward_model.data, "validation": recipe.reward_model.validation}
+    clean = recipe.evaluation.comparisons
+    if recipe.rank_own_samples:
+        responses = pipeline.stage("candidates", generate.generate, replace(recipe.candidates, model=policy))
+        labels = replace(recipe.labels, responses=DataConfig(path=responses))
+        folder = pipeline.stage("comparisons", labelling.label, labels)
+        comparisons = {"data": DataConfig(path=folder), "validation": DataConfig(path=folder, split="validation")}
+        clean = DataConfig(path=folder, split="validation_clean")
+    judge = pipeline.stage("reward_model", reward_model.train, replace(recipe.reward_model, model=policy, **comparisons))
+
+    final = pipeline.stage("ppo", ppo.train, replace(recipe.ppo, policy=policy, reward_model=replace(policy, path=judge)))
+    evaluation = replace(recipe.evaluation, models=(base.path, policy.path, final), names=("base", "sft", "ppo"))
+    evaluation = replace(evaluation, reward_model=judge, comparisons=clean, noisy_comparisons=comparisons["validation"])
+    pipeline.stage("evaluation", gold.evaluate, evaluation)
+    return pipeline
+
+
+WORLD = "recipes.tiny_world"
+TEXT, HELD_OUT_TEXT = (DataConfig(path=f"{WORLD}:text", split=split) for split in ("train", "validation"))
+
+TINY = InstructGPT(
+    output_dir="runs/tiny",
+    pretrain=True,
+    rank_own_samples=True,
+    pretraining=SFTConfig(
+        data=TEXT,
+        validation=HELD_OUT_TEXT,
+        row_type="text",
+        max_length=128,
+        batch_size=64,
+        epochs=4,
+        evaluate_every=100,
+        optimizer=OptimizerConfig(lr=3e-3, warmup_steps=20),
+    ),
+    sft=SFTConfig(
+        data=DataConfig(path=f"{WORLD}:demonstrations"),
+        validation=DataConfig(path=f"{WORLD}:demonstrations", split="validation"),
+        max_length=128,
+        batch_size=64,
+        epochs=20,
+        evaluate_every=50,
+        patience=2,
+        optimizer=OptimizerConfig(lr=2e-3, warmup_steps=20, schedule="constant"),
+    ),
+    candidates=GenerateConfig(
+        prompts=DataConfig(path=f"{WORLD}:labelling", limit=2000),
+        sampling=SamplingConfig(max_new_tokens=32),
+        max_prompt_length=96,
+    ),
+    labels=LabelConfig(score=f"{WORLD}:score", noise=0.1),
+    reward_model=RewardModelConfig(
+        demonstrations=DataConfig(path=f"{WORLD}:demonstrations", split="validation"),
+        max_length=128,
+        epochs=2,
+        batch_size=32,
+        evaluate_every=25,
+        optimizer=OptimizerConfig(lr=5e-4, warmup_steps=10),
+    ),
+    ppo=PPOConfig(
+        prompts=DataConfig(path=f"{WORLD}:prompts"),
+        pretraining=TEXT,
+        num_iterations=40,
+        rollout_batch_size=128,
+        minibatch_size=64,
+        num_epochs=2,
+        kl_coef=0.02,
+        ptx_coef=0.5,
+        ptx_batch_size=16,
+        ptx_window=64,
+        max_prompt_length=96,
+        sampling=SamplingConfig(max_new_tokens=32),
+        score=ScoreConfig(scaling="calibration", missing_eos_score=-2.0),
+        policy_optimizer=OptimizerConfig(lr=3e-4, schedule="constant", warmup_steps=5),
+        critic_optimizer=OptimizerConfig(lr=1e-3, schedule="constant"),
+    ),
+    evaluation=GoldConfig(
+        prompts=DataConfig(path=f"{WORLD}:prompts", split="test"),
+        score=f"{WORLD}:score",
+        sampling=SamplingConfig(max_new_tokens=32),
+        text=DataConfig(path=f"{WORLD}:text", split="test"),
+        text_window=128,
+        max_prompt_length=96,
+        max_length=128,
+    ),
+)
+
+PRESETS = {"tiny": TINY}
+
+if __name__ == "__main__":
+    main(build, PRESETS)
