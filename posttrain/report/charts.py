@@ -12,15 +12,14 @@ Points = Sequence[tuple[float, float | None]]
 WIDTH, HEIGHT = 320, 168
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 22
 MOST_POINTS = 400
-ARCH = 34
+BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y, ARCH = 122, 50, 24, 20, 11
 SMOOTH_FROM = 40  # shorter curves are drawn as they are
 
 
-def ticks(low: float, high: float, count: int = 3) -> list[float]:
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """About `count` round numbers that span [low, high]; the first and the last may lie outside."""
     if not low < high:
-        pad = abs(low) * 0.1 or 1.0
-        low, high = low - pad, high + pad
+        return [low - (abs(low) / 10 or 1.0), low, low + (abs(low) / 10 or 1.0)]
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
@@ -41,16 +40,14 @@ def thin(points: Points, most: int = MOST_POINTS) -> Points:
 
 
 def smooth(points: Points) -> Points:
-    """An exponential mean over about a twentieth of the curve, without the bias of its start."""
-    keep = 1 - 1 / max(2.0, len(points) / 20)
-    total = weight = 0.0
+    """A mean over about a twentieth of the curve around each point, narrower near the ends, so that it neither lags nor leans."""
+    wide = max(1, len(points) // 40)
+    values = [value for _, value in points]
     result: list[tuple[float, float | None]] = []
-    for step, value in points:
-        if value is None:
-            result.append((step, None))
-            continue
-        total, weight = keep * total + value, keep * weight + 1
-        result.append((step, total / weight))
+    for i, (step, value) in enumerate(points):
+        reach = min(wide, i, len(points) - 1 - i)
+        near = [v for v in values[i - reach : i + reach + 1] if v is not None]
+        result.append((step, None if value is None else sum(near) / len(near)))
     return result
 
 
@@ -92,15 +89,15 @@ def intervals(
     low: float | None = None,
     high: float | None = None,
     mark: float | None = None,
+    first_tone: int = 0,
 ) -> str:
     """One line per row: a bar to the mean, its 95 % interval, the number. Rows are (name, (mean, low, high)).
 
-    The axis spans [low, high] or what the rows need, and always 0; `mark` draws a dashed line there.
+    The axis spans [low, high] or what the rows need, and always 0; `mark` draws a dashed line there;
+    tone 0 is grey, for what the others are measured against.
     """
     width, left, right, line = 720, 150, 96, 46
-    marks = ticks(
-        min([0.0, *(v[1] for _, v in rows)]) if low is None else low, max([*(v[2] for _, v in rows)]) if high is None else high, 4
-    )
+    marks = ticks(min([0.0, *(v[1] for _, v in rows)]) if low is None else low, max([*(v[2] for _, v in rows)]) if high is None else high)
     x0, x1 = marks[0], marks[-1]
     height = line * len(rows) + 26
 
@@ -115,7 +112,7 @@ def intervals(
         y = 4 + line * i + line / 2
         start = x(max(x0, min(0.0, x1)))
         bar = f'x="{min(start, x(mean)):.1f}" y="{y - 9:.1f}" width="{abs(x(mean) - start):.1f}" height="18" rx="4"'
-        body.append(f'<rect class="bar b{i % 4 + 1}" {bar}/>')
+        body.append(f'<rect class="bar b{(i + first_tone) % 4}" {bar}/>')
         body.append(f'<path class="whisker" d="M{x(least):.1f} {y}H{x(most):.1f}M{x(least):.1f} {y - 5}v10M{x(most):.1f} {y - 5}v10"/>')
         body.append(f'<text class="name" x="{left - 14}" y="{y + 5}" text-anchor="end">{escape(name)}</text>')
         body.append(f'<text class="value" x="{max(x(most), start) + 12:.1f}" y="{y + 5}">{mean:.3f}</text>')
@@ -126,7 +123,6 @@ def intervals(
 
 def lineage(nodes: Sequence[tuple[str, str, str, Sequence[str]]]) -> str:
     """The graph of stages from left to right. Nodes are (name, note below it, status, names that it stands on)."""
-    box_width, box_height, gap_x, gap_y = 158, 54, 48, 22
     depth: dict[str, int] = {}
     for name, _, _, inputs in nodes:  # stages only stand on earlier ones
         depth[name] = 1 + max((depth[other] for other in inputs if other in depth), default=-1)
@@ -134,31 +130,26 @@ def lineage(nodes: Sequence[tuple[str, str, str, Sequence[str]]]) -> str:
     for name, *_ in nodes:
         columns.setdefault(depth[name], []).append(name)
     tallest = max(map(len, columns.values()))
-    width = len(columns) * (box_width + gap_x) - gap_x + 4
-    arched = any(depth[name] - depth[other] > 1 for name, _, _, inputs in nodes for other in inputs if other in depth)
-    height = tallest * (box_height + gap_y) - gap_y + 4 + (ARCH if arched else 0)
+    width = len(columns) * (BOX_WIDTH + GAP_X) - GAP_X + 4
+    longest = max((depth[name] - depth[other] for name, _, _, inputs in nodes for other in inputs if other in depth), default=0)
+    arch = ARCH * longest if longest > 1 else 0
+    height = tallest * (BOX_HEIGHT + GAP_Y) - GAP_Y + 4 + arch
     place = {}
     for column, names in columns.items():
-        top = (height + (ARCH if arched else 0) - (len(names) * (box_height + gap_y) - gap_y)) / 2
+        top = (height + arch - (len(names) * (BOX_HEIGHT + GAP_Y) - GAP_Y)) / 2
         for row, name in enumerate(names):
-            place[name] = (2 + column * (box_width + gap_x), top + row * (box_height + gap_y))
+            place[name] = (2 + column * (BOX_WIDTH + GAP_X), top + row * (BOX_HEIGHT + GAP_Y))
     edges, boxes = [], []
     for name, note, status, inputs in nodes:
         x, y = place[name]
         for other in inputs:
             if other in place:
-                fx, fy = place[other][0] + box_width, place[other][1] + box_height / 2
-                ty = y + box_height / 2
-                span = depth[name] - depth[other]
-                # an edge that passes other columns goes over them, or it would hide behind a box
-                bend, over = (gap_x * 0.6, 0) if span == 1 else ((x - fx) * 0.4, ARCH * 1.8)
-                curve = f"C{fx + bend:.0f} {fy - over:.1f} {x - bend:.0f} {ty - over:.1f}"
-                edges.append(f'<path class="edge" d="M{fx} {fy:.1f}{curve} {x} {ty:.1f}"/>')
+                edges.append(f'<path class="edge" d="{_edge(place[other], place[name], depth[name] - depth[other])}"/>')
         boxes.append(
             f'<g class="node {escape(status)}"><a href="#stage-{escape(name)}">'
-            f'<rect x="{x}" y="{y:.1f}" width="{box_width}" height="{box_height}" rx="10"/>'
-            f'<text class="name" x="{x + 14}" y="{y + 23:.1f}">{escape(name)}</text>'
-            f'<text class="tick" x="{x + 14}" y="{y + 41:.1f}">{escape(note)}</text></a></g>'
+            f'<rect x="{x}" y="{y:.1f}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="10"/>'
+            f'<text class="name" x="{x + 12}" y="{y + 21:.1f}">{escape(name)}</text>'
+            f'<text class="tick" x="{x + 12}" y="{y + 38:.1f}">{escape(note)}</text></a></g>'
         )
     return (
         f'<svg class="lineage" viewBox="0 0 {width} {height:.0f}" style="max-width:{width}px" role="img" aria-label="lineage">'
@@ -167,9 +158,18 @@ def lineage(nodes: Sequence[tuple[str, str, str, Sequence[str]]]) -> str:
 
 
 def number_of_tick(value: float) -> str:
-    """A round number without the zeros that `number` shows."""
-    text = number(float(value))
-    return text.rstrip("0").rstrip(".") if "." in text and text[-1].isdigit() and "e" not in text else text
+    """A round number as short as it goes."""
+    return f"{value:.4g}" if value == 0 or 1e-3 <= abs(value) < 1000 else number(float(value))
+
+
+def _edge(start: tuple[float, float], end: tuple[float, float], span: int) -> str:
+    """To the next column straight through the gap; farther over the columns between, or it would hide behind their boxes."""
+    if span == 1:
+        (x, y), (to_x, to_y) = (start[0] + BOX_WIDTH, start[1] + BOX_HEIGHT / 2), (end[0], end[1] + BOX_HEIGHT / 2)
+        return f"M{x:.0f} {y:.1f}C{x + GAP_X / 2:.0f} {y:.1f} {to_x - GAP_X / 2:.0f} {to_y:.1f} {to_x:.0f} {to_y:.1f}"
+    (x, y), (to_x, to_y) = (start[0] + BOX_WIDTH * 0.7, start[1]), (end[0] + BOX_WIDTH * 0.3, end[1])
+    lift = ARCH * span * 1.3
+    return f"M{x:.0f} {y:.1f}C{x + 10 * span:.0f} {y - lift:.1f} {to_x - 10 * span:.0f} {to_y - lift:.1f} {to_x:.0f} {to_y:.1f}"
 
 
 def _core(values: Sequence[float]) -> tuple[float, float]:

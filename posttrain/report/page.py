@@ -75,7 +75,7 @@ def _model_table(found: Mapping[str, Any], names: Sequence[str]) -> str:
     loss, spans = found.get("pretraining_loss", {}), found.get("pretraining_loss_ci95", {})
     changes = {key.split(" - ")[0]: (key, value) for key, value in found.get("gold_difference", {}).items()}
     head = "<tr><th>model</th><th class=num>gold score</th><th class=num>95 % interval</th><th class=num>prompts</th>"
-    head += "<th>against the one before</th><th class=num>pretraining loss</th></tr>"
+    head += "<th class=wide>against the one before</th><th class=num>pretraining loss</th></tr>"
     lines = []
     for name in names:
         entry = found["gold_score"][name]
@@ -83,7 +83,10 @@ def _model_table(found: Mapping[str, Any], names: Sequence[str]) -> str:
         span = f" <small>{spans[name][0]:.3f} – {spans[name][1]:.3f}</small>" if name in spans else ""
         text_loss = f"{loss[name]:.4f}{span}" if isinstance(loss.get(name), int | float) else "–"
         cells = [f"<td class=num><b>{mean:.3f}</b></td>", f"<td class=num>{low:.3f} – {high:.3f}</td>"]
-        cells += [f"<td class=num>{escape(str(entry.get('n', '')))}</td>", f"<td>{_difference(*changes.get(name, ('', None)))}</td>"]
+        cells += [
+            f"<td class=num>{escape(str(entry.get('n', '')))}</td>",
+            f"<td class=wide>{_difference(*changes.get(name, ('', None)))}</td>",
+        ]
         lines.append(f"<tr><td>{escape(name)}</td>{''.join(cells)}<td class=num>{text_loss}</td></tr>")
     return f"<table><thead>{head}</thead><tbody>{''.join(lines)}</tbody></table>"
 
@@ -107,7 +110,7 @@ def _judge_card(judged: Mapping[str, Any]) -> str:
     facts |= {"score against length (Spearman)": f"{length:.2f}"} if isinstance(length, int | float) else {}
     facts |= {f"{name.replace('_', ' ')} scores": number(value) for name, value in judged.get("degenerate_probes", {}).items()}
     note = "<h3>Reward model</h3><small>share of held-out pairs in the right order; the line is chance</small>"
-    drawing = charts.intervals(rows, low=0.0, high=1.0, mark=0.5)
+    drawing = charts.intervals(rows, low=0.0, high=1.0, mark=0.5, first_tone=1)
     return f'<div class="card">{note}{drawing}{_facts(facts)}</div>'
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from posttrain.report.charts import smooth
+from posttrain.report.charts import SMOOTH_FROM, smooth
 from posttrain.report.gather import StageReport, gather, interval
 
 COLORS = ("#a9abb0", "#3568b8", "#d1762c", "#3f8f5f")
@@ -49,8 +49,10 @@ def _bars(axis: Any, rows: list[tuple[str, tuple[float, float, float]]]) -> None
 
 def _curve(axis: Any, stage: StageReport, name: str, title: str) -> None:
     points = stage.series()[name]
-    axis.plot([step for step, _ in points], [value for _, value in points], color=COLORS[2], alpha=0.3, linewidth=1)
-    axis.plot([step for step, _ in points], [value for _, value in smooth(points)], color=COLORS[2], linewidth=2)
+    many = len(points) >= SMOOTH_FROM
+    if many:
+        axis.plot([step for step, _ in points], [value for _, value in points], color=COLORS[2], alpha=0.3, linewidth=1)
+    axis.plot([step for step, _ in points], [value for _, value in (smooth(points) if many else points)], color=COLORS[2], linewidth=2)
     axis.set_xlabel(f"{stage.name} iteration", color=SOFT, fontsize=9)
     _calm(axis, title)
 

@@ -1,0 +1,51 @@
+"""python -m posttrain chat FOLDER   talks to a model that a stage made
+python -m posttrain report FOLDER   writes report.json and report.html of a pipeline anew, and prints its results"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import tyro
+
+
+def chat(folder: tyro.conf.Positional[Path], system: str = "", temperature: float = 0.7, max_new_tokens: int = 256, seed: int = 0) -> None:
+    """Talk to the model in a folder, or let a reward model score what you type.
+
+    Args:
+        folder: a stage's folder, or the model folder in it.
+        system: a system message to begin with.
+        temperature: 0 takes the likeliest token.
+        max_new_tokens: longest answer.
+        seed: the same words with the same seed get the same answers.
+    """
+    from posttrain.chat_terminal import run
+
+    run(folder, system=system, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+
+
+def report(folder: tyro.conf.Positional[Path]) -> None:
+    """Write report.json and report.html of a pipeline anew, and print its results.
+
+    Args:
+        folder: the output_dir of a pipeline.
+    """
+    from posttrain.report import print_result_table, write_report
+
+    path = write_report(folder)
+    print_result_table(folder)
+    print(f"report: {path}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; what is the user's mistake is said without a traceback, with exit code 2."""
+    try:
+        tyro.extras.subcommand_cli_from_dict({"chat": chat, "report": report}, prog="python -m posttrain", args=arguments)
+    except ValueError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
