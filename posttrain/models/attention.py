@@ -10,6 +10,7 @@ CUDA) and `DenseStructure` (a boolean mask, the reference).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -157,33 +158,46 @@ class FlexStructure:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         from torch.nn.attention.flex_attention import flex_attention
 
-        function = _compiled(flex_attention) if query.is_cuda else flex_attention
+        function = _compiled_flex_attention() if query.is_cuda else flex_attention
         gqa = query.shape[1] != key.shape[1]
         return function(query, key, value, block_mask=self.block_mask, scale=scaling, enable_gqa=gqa).transpose(1, 2)
 
 
-def block_mask(forest: Forest) -> Any:
-    """The forest as a FlexAttention BlockMask, on the forest's device."""
-    from torch.nn.attention.flex_attention import create_block_mask
+def block_mask(forest: Forest, size: int = 128) -> Any:
+    """The forest as a FlexAttention BlockMask on the forest's device, computed from the segments.
 
+    A block of queries and keys counts its visible pairs as tokens-per-segment x visible x tokens-per-segment, so that the
+    (N, N) mask is never written out and nothing has to be compiled anew for every row.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    device, count = forest.input_ids.device, forest.num_tokens
     segment_of, visible = segment_tables(forest)
+    blocks = -(-count // size)
+    tokens = torch.zeros(blocks, len(forest.lengths))  # of each segment in each block
+    tokens.index_put_((torch.arange(count) // size, segment_of.cpu()), torch.ones(()), accumulate=True)
+    pairs = tokens @ visible.cpu().float() @ tokens.T  # without regard to order inside a pair of blocks
+    order = torch.arange(blocks)
+    full = (pairs == size * size) & (order[:, None] > order[None, :])
+    partial = (pairs > 0) & (order[:, None] >= order[None, :]) & ~full
+
+    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """How many key blocks each query block reads (1, 1, blocks), and which (1, 1, blocks, blocks), the read ones first."""
+        indices = chosen.int().argsort(dim=-1, descending=True, stable=True)
+        return chosen.sum(-1).int()[None, None].to(device), indices.int()[None, None].to(device)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return visible[segment_of[query], segment_of[key]] & (query >= key)
 
-    size, device = forest.num_tokens, forest.input_ids.device
-    # compiled, the (N, N) mask is never written out
-    function = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
-    return function(sees, None, None, size, size, device=str(device))
+    return BlockMask.from_kv_blocks(*listed(partial), *listed(full), BLOCK_SIZE=size, mask_mod=sees, seq_lengths=(count, count))
 
 
-_COMPILED: dict[Any, Any] = {}
+@cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    """Compiled once for all rows: their lengths are dynamic, their segments are inputs."""
+    from torch.nn.attention.flex_attention import flex_attention
 
-
-def _compiled(function: Any) -> Any:
-    if function not in _COMPILED:
-        _COMPILED[function] = torch.compile(function, dynamic=True)
-    return _COMPILED[function]
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def structure_for(forest: Forest, kind: str = "auto") -> Structure:

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from posttrain.models import attention
-from posttrain.models.attention import DenseStructure, FlexStructure, TreeStructure, forest_attention, longest_path
+from posttrain.models.attention import DenseStructure, FlexStructure, TreeStructure, block_mask, forest_attention, longest_path
 from posttrain.packing import Forest, Tree, forest, segment
 
 
@@ -86,6 +87,18 @@ def test_long_queries_are_read_in_blocks_without_masked_work(monkeypatch) -> Non
     packed = row((50, 300))
     TreeStructure(packed).attend(0, *tensors(packed.num_tokens), 0.25)
     assert sizes == [(50, 50), (128, 178), (128, 306), (44, 350)]
+
+
+@pytest.mark.parametrize("shapes", [((200, 150, 3, 90), (20,), (300,)), ((384, 128),), ((100, 30), (2, 1, 1, 1))])
+def test_flex_blocks_are_those_that_torch_finds_in_the_full_mask(shapes) -> None:
+    packed = row(*shapes)
+    mine = block_mask(packed)
+    theirs = create_block_mask(mine.mask_mod, None, None, packed.num_tokens, packed.num_tokens, device="cpu")
+    assert torch.equal(mine.to_dense(), theirs.to_dense())
+    assert torch.equal(mine.full_kv_num_blocks, theirs.full_kv_num_blocks)
+    assert torch.equal(mine.kv_num_blocks, theirs.kv_num_blocks)
+    assert mine.seq_lengths == theirs.seq_lengths
+    assert torch.equal(mine.full_q_num_blocks, theirs.full_q_num_blocks), "what the backward pass reads"
 
 
 class Layer(torch.nn.Module):
