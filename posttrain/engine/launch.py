@@ -72,9 +72,15 @@ class Launch:
 
 
 def prepare_environment() -> None:
-    """Set what DeepSpeed reads while it is imported: the CPU accelerator where there is no GPU, and a place for built operators."""
+    """Set what DeepSpeed reads while it is imported: the CPU accelerator where there is no GPU, and where operators are built.
+
+    The ninja of this interpreter's environment comes first: another version of it would compile everything anew each time.
+    """
     import torch
 
+    commands = str(Path(sys.executable).parent)
+    if commands not in os.environ.get("PATH", "").split(os.pathsep)[:1]:
+        os.environ["PATH"] = os.pathsep.join([commands, os.environ.get("PATH", "")])
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
