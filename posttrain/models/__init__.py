@@ -1,0 +1,1 @@
+"""Transformers models that read packed rows: loading, trust, attention, heads, export."""

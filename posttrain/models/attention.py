@@ -158,7 +158,7 @@ class FlexStructure:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         from torch.nn.attention.flex_attention import flex_attention
 
-        function = _compiled_flex_attention() if query.is_cuda else flex_attention
+        function: Callable[..., Any] = _compiled_flex_attention() if query.is_cuda else flex_attention
         gqa = query.shape[1] != key.shape[1]
         return function(query, key, value, block_mask=self.block_mask, scale=scaling, enable_gqa=gqa).transpose(1, 2)
 
@@ -193,7 +193,7 @@ def block_mask(forest: Forest, size: int = 128) -> Any:
 
 
 @cache
-def _compiled_flex_attention() -> Callable[..., Tensor]:
+def _compiled_flex_attention() -> Callable[..., Any]:
     """Compiled once for all rows: their lengths are dynamic, their segments are inputs."""
     from torch.nn.attention.flex_attention import flex_attention
 
