@@ -20,6 +20,7 @@ class Refused(ValueError):  # noqa: N818  it is the user's to mend, not the prog
     def __init__(self, title: str, problems: list[str]) -> None:
         super().__init__(title, problems)  # both, so that another rank can unpickle it
         self.title, self.problems = title, problems
+        self.shown = False
 
     def __str__(self) -> str:
         return "\n".join([self.title, *(f"{i:3d}. {_indent(text)}" for i, text in enumerate(self.problems, 1))])

@@ -18,6 +18,7 @@ import tyro
 
 from posttrain.pipeline.check import Refused
 from posttrain.pipeline.pipeline import Pipeline
+from posttrain.run import Stopped
 
 Recipe = TypeVar("Recipe")
 
@@ -51,10 +52,22 @@ def main(build: Callable[[Recipe], Pipeline], presets: Mapping[str, Recipe], arg
     recipe, options = read_command_line(presets, args)
     try:
         carry_out(build, recipe, options)
+        part()
+    except Stopped:
+        part()
+        raise
     except Refused as refused:
-        if os.environ.get("RANK", "0") == "0":
+        if not refused.shown and os.environ.get("RANK", "0") == "0":
             print(refused, file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+
+
+def part() -> None:
+    """Leave the process group together: a rank whose peer is gone at its own exit would abort."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def read_command_line(presets: Mapping[str, Recipe], args: Sequence[str] | None = None) -> tuple[Recipe, Options]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -54,6 +55,13 @@ def run_pipeline(pipeline: Pipeline, *, only: str = "", redo: Sequence[str] = ()
         ran = [name for name in names if _run_or_skip(pipeline, name, world, restart_optimizer)]
         if ran or not (pipeline.output_dir / "report.json").exists():
             world.first_says(lambda: _report(pipeline), "writing the report")
+    except Refused as refused:
+        if world.size > 1:  # rank 0 must have spoken before another one ends: the launcher then ends them all
+            refused.shown = True
+            if world.is_main:
+                print(refused, file=sys.stderr, flush=True)
+            world.barrier("refusing")
+        raise
     finally:
         world.close()
 
