@@ -156,11 +156,8 @@ class FlexStructure:
         self.block_mask = block_mask(forest)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        function: Callable[..., Any] = _compiled_flex_attention() if query.is_cuda else flex_attention
         gqa = query.shape[1] != key.shape[1]
-        return function(query, key, value, block_mask=self.block_mask, scale=scaling, enable_gqa=gqa).transpose(1, 2)
+        return _flex_attention(query.is_cuda)(query, key, value, block_mask=self.block_mask, scale=scaling, enable_gqa=gqa).transpose(1, 2)
 
 
 def block_mask(forest: Forest, size: int = 128) -> Any:
@@ -193,11 +190,11 @@ def block_mask(forest: Forest, size: int = 128) -> Any:
 
 
 @cache
-def _compiled_flex_attention() -> Callable[..., Any]:
+def _flex_attention(compiled: bool) -> Any:
     """Compiled once for all rows: their lengths are dynamic, their segments are inputs."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
 
 
 def structure_for(forest: Forest, kind: str = "auto") -> Structure:
