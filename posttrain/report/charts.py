@@ -144,9 +144,10 @@ def lineage(nodes: Sequence[tuple[str, str, str, Sequence[str]]]) -> str:
         x, y = place[name]
         for other in inputs:
             if other in place:
-                edges.append(f'<path class="edge" d="{_edge(place[other], place[name], depth[name] - depth[other])}"/>')
+                ends = f'data-from="{escape(other)}" data-to="{escape(name)}"'
+                edges.append(f'<path class="edge" {ends} d="{_edge(place[other], place[name], depth[name] - depth[other])}"/>')
         boxes.append(
-            f'<g class="node {escape(status)}"><a href="#stage-{escape(name)}">'
+            f'<g class="node {escape(status)}" data-name="{escape(name)}"><a href="#stage-{escape(name)}">'
             f'<rect x="{x}" y="{y:.1f}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="10"/>'
             f'<text class="name" x="{x + 12}" y="{y + 21:.1f}">{escape(name)}</text>'
             f'<text class="tick" x="{x + 12}" y="{y + 38:.1f}">{escape(note)}</text></a></g>'

@@ -120,9 +120,11 @@ def _accuracy(entry: Mapping[str, Any]) -> tuple[float, float, float]:
 
 
 def _lineage(report: PipelineReport) -> str:
-    nodes = [
-        (stage.name, f"{stage.status}, {duration(stage.to_json()['seconds'] or 0)}", stage.status, stage.inputs) for stage in report.stages
-    ]
+    nodes = []
+    for stage in report.stages:
+        seconds = stage.to_json()["seconds"]
+        note = f"{stage.status}, {duration(seconds)}" if seconds else stage.status
+        nodes.append((stage.name, note, stage.status, stage.inputs))
     return f'<div class="card">{charts.lineage(nodes)}</div>'
 
 

@@ -1,3 +1,10 @@
+// Points at a stage's own edges in the lineage.
+for (const node of document.querySelectorAll(".lineage .node")) {
+  const own = [...document.querySelectorAll(".lineage .edge")].filter((edge) => [edge.dataset.from, edge.dataset.to].includes(node.dataset.name));
+  node.addEventListener("mouseenter", () => own.forEach((edge) => edge.classList.add("own")));
+  node.addEventListener("mouseleave", () => own.forEach((edge) => edge.classList.remove("own")));
+}
+
 // Filters the samples by task, text and whether the models' scores differ. Without it all rows are shown.
 const rows = [...document.querySelectorAll("#samples tbody tr")];
 const [task, find, only, shown] = ["task", "find", "only", "shown"].map((id) => document.getElementById(id));
