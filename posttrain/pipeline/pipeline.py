@@ -58,7 +58,10 @@ class Pipeline:
     def stage(self, name: str, function: Callable[..., Path], config: Any) -> str:
         """Declare a stage. Returns its handle, "@name", for the configs of later stages; "@name/file" is a file in its output.
 
-        `function` is a module-level function `(config, run) -> Path`; `config` a frozen dataclass.
+        `function` is a module-level function `(config, run) -> Path`; `config` a frozen dataclass. Its module may have
+        companions that take the config: `check -> list[str]` (problems in the files that it names), `plan -> dict` (numbers
+        for --plan), `preview -> str` (for --preview and preview.txt) and `smoke -> config` (the stage in small). In the config
+        that they see, handles of finished stages are paths, the others are still handles.
         """
         self.stages.append(Stage(name=name, function=function, config=config))
         return f"@{name}"

@@ -18,6 +18,7 @@ from posttrain.pipeline.command import Options, carry_out, main
 from posttrain.pipeline.pipeline import with_outputs
 from posttrain.pipeline.runner import prepare
 from posttrain.run import Stopped
+from tests.pairs import run_pair
 from tests.pipeline.stages_for_tests import OtherConfig, Recipe, Total, WriteConfig, build, other, write
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +137,12 @@ def test_rule_22_a_partial_stage_that_changed_is_refused(recipe, monkeypatch):
     monkeypatch.delenv("INTERRUPT")
     with pytest.raises(Refused, match=r"first\n.*steps: 6 -> 7"):
         run(replace(recipe, first=WriteConfig(steps=7)))
+
+
+def test_rule_22_ranks_skip_and_refuse_alike_as_rank_0_decides(tmp_path):
+    for result in run_pair("ddp", "tests.pipeline.jobs:run_twice_then_change", folder=str(tmp_path)):
+        assert result["counts"] == [2 * len(NAMES)] * 2  # both ranks, once
+        assert "steps: 3 -> 4" in result["refused"]
 
 
 def test_a_crash_says_which_stage_and_how_to_go_on(recipe, monkeypatch, capsys):
