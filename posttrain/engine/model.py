@@ -89,9 +89,7 @@ class FrozenModel:
 
         Inside, `module` may be called directly and by different ranks differently often. Entering and leaving is collective.
         """
-        hf = getattr(self.module, "hf", None)
-        checkpointing = bool(getattr(hf, "is_gradient_checkpointing", False))
-        layers = [m for m in self.module.modules() if getattr(m, "gradient_checkpointing", False)] if checkpointing else []
+        layers = [m for m in self.module.modules() if getattr(m, "gradient_checkpointing", False)]
         with self.evaluating():
             for layer in layers:
                 layer.gradient_checkpointing = False

@@ -33,17 +33,23 @@ class Tally:
         return dict(zip(names, summed))
 
 
+def report(update: Update, prefix: str = "") -> dict[str, float]:
+    """What an update says: gradient norms, learning rate, losses per term. Where it made no step, norm and losses are NaN:
+    a sum that ended at a loss that isn't finite is no mean."""
+    made = 1.0 if update.stepped else math.nan
+    numbers = {f"{prefix}{label}_loss" if label != "loss" else f"{prefix}loss": value * made for label, value in update.terms.items()}
+    numbers |= {f"{prefix}grad_norm": math.nan if update.grad_norm is None else update.grad_norm, f"{prefix}lr": update.lr}
+    return numbers | {f"{prefix}{label}_grad_norm": value * made for label, value in update.term_norms.items()}
+
+
 class UpdateLog:
-    """Means of what several updates report: losses per term, gradient norms, learning rate."""
+    """Means of what several updates report."""
 
     def __init__(self) -> None:
         self.values: dict[str, list[float]] = {}
 
     def add(self, update: Update, prefix: str = "") -> None:
-        numbers = {f"{prefix}grad_norm": math.nan if update.grad_norm is None else update.grad_norm, f"{prefix}lr": update.lr}
-        numbers |= {f"{prefix}{label}_loss" if label != "loss" else f"{prefix}loss": value for label, value in update.terms.items()}
-        numbers |= {f"{prefix}{label}_grad_norm": value for label, value in update.term_norms.items()}
-        for name, value in numbers.items():
+        for name, value in report(update, prefix).items():
             self.values.setdefault(name, []).append(value)
 
     def means(self) -> dict[str, float]:

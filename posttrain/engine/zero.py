@@ -208,6 +208,7 @@ class ZeroTrainer:
         if self.stage < 3:
             self.zero.update_lp_params()
             return
+        self.zero._partition_all_parameters()  # a forward may have left some whole, which would keep their old values
         for i in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(i)
         if self.zero.persistent_parameters:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from posttrain.config import OptimizerConfig
 from posttrain.engine import Engine, TrainedModel
 from posttrain.models.model import PackedModel, set_dropout
-from posttrain.packing import PackedBatch, Tree, segment
+from posttrain.packing import PackedBatch, Tree, forest, segment
+from tests.pairs import run_pair
 from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
 
 # With eps far above any gradient AdamW is linear: a step moves weights by STEP times the gradient, so that weights tell gradients.
@@ -58,6 +60,25 @@ def nll(engine: Engine, model: TrainedModel, trees: list[Tree], max_tokens: int 
 
 def gradient(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: (before[name] - after[name]) / STEP for name in before}
+
+
+def alone(job: Callable[..., Any], **kwargs: Any) -> Any:
+    """The job's result with an engine of one process."""
+    engine = Engine()
+    result = job(engine, **kwargs)
+    engine.close()
+    return result
+
+
+def on(backend: str, job: str, **kwargs: Any) -> list[Any]:
+    """Every rank's result of a job of this file, on "plain" (one process) or a pair of ranks."""
+    return [alone(globals()[job], **kwargs)] if backend == "plain" else run_pair(backend, f"tests.engine.jobs:{job}", **kwargs)
+
+
+def close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-5, atol: float = 2e-6) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # --- updates
@@ -213,12 +234,10 @@ def four_models(engine: Engine) -> dict[str, Any]:
             for model, kind in ((policy, "logprobs"), (critic, "values")):
                 with engine.update(model) as update:
                     for micro in batch.micro_batches():
-                        target = judge.scores(micro).mean() + reference.logprobs(micro).mean()
-                        update.backward((getattr(model, kind)(micro) - target).square().sum(), over=batch.num_tokens)
-        whole = engine.pack(rows(), 200).trees
-        from posttrain.packing import forest
-
-        micro = forest(whole)
+                        target = judge.scores(micro)[micro.response_of] + reference.logprobs(micro)
+                        error = (getattr(model, kind)(micro) - target) * micro.trainable
+                        update.backward(error.square().sum(), over=batch.num_tokens)
+        micro = forest(rows())
         with policy.evaluating():
             logprobs = policy.logprobs(micro)
         result[f"round{round_number}"] = {
@@ -235,11 +254,9 @@ def four_models(engine: Engine) -> dict[str, Any]:
 
 def sampling(engine: Engine, *, gather: bool, checkpointing: bool = False) -> dict[str, Any]:
     """Updates with a sampling phase between them, in which ranks call the module differently often."""
-    from posttrain.packing import forest
-
     module = packed()
     if checkpointing:
-        module.hf.gradient_checkpointing_enable()
+        module.set_gradient_checkpointing(True)
     model = engine.train(module, OptimizerConfig(lr=1e-2), 4, name="policy", ema_decay=0.9)
     reference = engine.freeze(packed(seed=1), name="reference")
     found: list[Tensor] = []
@@ -269,8 +286,6 @@ def average(engine: Engine, *, decay: float = 0.5) -> dict[str, Any]:
 
 def export(engine: Engine, *, folder: str, family: str, dtype: str = "float32") -> dict[str, Any]:
     """Train two steps, export weights and average; the policy's own log-probabilities to compare with."""
-    from posttrain.packing import forest
-
     model = engine.train(packed(family, dtype=getattr(torch, dtype)), OptimizerConfig(lr=1e-2), 2, name="policy", ema_decay=0.5)
     for step in range(2):
         nll(engine, model, rows(seed=step))
@@ -283,9 +298,7 @@ def export(engine: Engine, *, folder: str, family: str, dtype: str = "float32") 
     return {"trained": trained.cpu(), "averaged": averaged.cpu()}
 
 
-def reward_export(engine: Engine, *, folder: str) -> Tensor:
-    from posttrain.packing import forest
-
+def reward_export(engine: Engine, *, folder: str) -> tuple[Tensor, dict[str, Tensor]]:
     model = engine.train(scalar(), OptimizerConfig(lr=1e-2), 1, name="reward_model")
     batch = engine.pack(rows(), 24)
     with engine.update(model) as update:
@@ -294,7 +307,7 @@ def reward_export(engine: Engine, *, folder: str) -> Tensor:
             update.backward(model.scores(micro).square().sum() * real, over=batch.num_responses)
     engine.export(model, Path(folder), tiny_tokenizer())
     with model.evaluating():
-        return model.scores(forest(rows())).cpu()
+        return model.scores(forest(rows())).cpu(), model.state_dict_full()
 
 
 # --- checkpoints

@@ -12,6 +12,7 @@ from posttrain.config import OptimizerConfig
 from posttrain.engine import Engine
 from posttrain.packing import forest
 from tests.engine import jobs
+from tests.engine.jobs import alone, close
 from tests.pairs import BACKENDS, run_pair
 
 
@@ -20,19 +21,6 @@ def engine():
     engine = Engine()
     yield engine
     engine.close()
-
-
-def alone(job, **kwargs):
-    engine = Engine()
-    result = job(engine, **kwargs)
-    engine.close()
-    return result
-
-
-def close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-5, atol: float = 2e-6) -> None:
-    assert found.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def autograd_gradient(trees, over: float) -> tuple[dict[str, Tensor], float]:
