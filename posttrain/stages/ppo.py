@@ -326,7 +326,9 @@ def train(config: PPOConfig, run: Run) -> Path:
 
         # 5. what happened
         metrics = summary(experience, scores, rewards, returns) | log.means() | per_token(tally.total(engine.world))
-        metrics |= {"kl_coef": kl_control.coef, "ptx_loss": metrics.get("ptx_loss", 0.0) / (config.ptx_coef or 1)}
+        metrics["kl_coef"] = kl_control.coef
+        if "ptx_loss" in metrics:  # as a mean over tokens, without its weight
+            metrics["ptx_loss"] /= config.ptx_coef
         warn_of_imbalance(metrics, run)
         kl_control.update(metrics["kl"], len(scores))
         run.log(metrics, tokens=tokens, optimizer_steps=config.updates_per_iteration)

@@ -14,6 +14,7 @@ What differs from the paper: a margin and a centring term are there, both off; t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,6 +120,7 @@ def train(config: RewardModelConfig, run: Run) -> Path:
     """Train on the comparisons, calibrate on held-out rows, export. Returns the model folder."""
     from posttrain.data.chat import Chat
     from posttrain.data.sampler import Sampler
+    from posttrain.engine.tally import report
     from posttrain.inputs import load_comparisons
     from posttrain.models.loading import CALIBRATION_FILE, load_scalar_model
 
@@ -143,7 +145,7 @@ def train(config: RewardModelConfig, run: Run) -> Path:
                 update.backward(ranking_loss(scores, micro, config.margin, config.centering_coef), over=batch.num_trees)
                 seen += torch.tensor(count_correct([scores[part] for _, part in micro.groups], [tree for tree, _ in micro.groups]))
         correct, pairs = engine.world.sum(seen).tolist()
-        metrics = {"loss": update.terms["loss"], "pair_accuracy": correct / pairs, "lr": update.lr, "grad_norm": update.grad_norm}
+        metrics = {"loss": math.nan, "pair_accuracy": correct / pairs, **report(update)}
         if held_out and config.evaluate_every and (step + 1) % config.evaluate_every == 0:
             metrics["validation_accuracy"] = held_out_accuracy(score_trees(model, held_out, run, config), held_out)["pair_accuracy"]
         run.log(metrics, tokens=batch.size, optimizer_steps=1)

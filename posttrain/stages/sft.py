@@ -14,6 +14,7 @@ loss decides, and overfitting is left to the user's choice of `epochs`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,6 +101,9 @@ class BestLoss:
         self.since = 0 if loss < self.lowest else self.since + 1
         self.lowest = min(self.lowest, loss)
 
+    def is_over(self, patience: int) -> bool:
+        return 0 < patience <= self.since
+
     def state_dict(self) -> dict[str, float]:
         return dict(vars(self))
 
@@ -120,6 +124,7 @@ def train(config: SFTConfig, run: Run) -> Path:
     """Train on the rows and export the best model. Returns its folder."""
     from posttrain.data.chat import Chat
     from posttrain.data.sampler import Sampler
+    from posttrain.engine.tally import report
     from posttrain.models.loading import load_causal_lm
     from posttrain.models.model import set_dropout
     from posttrain.ops import nll
@@ -139,12 +144,13 @@ def train(config: SFTConfig, run: Run) -> Path:
     best = BestLoss()
     run.resume({"policy": policy}, sampler=sampler, best=best)
 
-    for step in run.steps(total_steps):
+    # a run that had stopped early, and was killed before its export, has no step left to do
+    for step in run.steps(run.step if best.is_over(config.patience) else total_steps):
         batch = engine.pack([trees[i] for i in sampler.take()], config.max_tokens_per_micro_batch)
         with engine.update(policy) as update:
             for micro in batch.micro_batches():
                 update.backward(nll(policy.logprobs(micro), micro.trainable), over=batch.num_tokens)
-        metrics = {"loss": update.terms["loss"], "lr": update.lr, "grad_norm": update.grad_norm, "epoch": sampler.epoch}
+        metrics = {"loss": math.nan, **report(update), "epoch": sampler.epoch}
 
         score = None
         if held_out and ((step + 1) % evaluate_every == 0 or step + 1 == total_steps):
@@ -153,7 +159,7 @@ def train(config: SFTConfig, run: Run) -> Path:
             score = -metrics["validation_loss"]
         run.log(metrics, tokens=batch.size, optimizer_steps=1)
         run.checkpoint(score=score)
-        if config.patience and best.since >= config.patience:
+        if best.is_over(config.patience):
             run.say(f"the held-out loss has not fallen for {best.since} evaluations; its best was {best.lowest:.4f}")
             break
 
