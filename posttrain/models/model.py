@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posttrain.models.attention import Structure, structure_for
+from posttrain.models.attention import NAME, Structure, structure_for
 from posttrain.models.logprobs import LogitTransform, TokenLogprobs, logit_transform
 from posttrain.packing import Forest
 
@@ -32,6 +32,8 @@ class PackedModel(nn.Module):
         transform: LogitTransform | None = None,
     ) -> None:
         super().__init__()
+        # any other attention would ignore the structure and read across trees, without a word
+        hf.set_attn_implementation(NAME)
         self.hf = hf
         self.attention = attention
         self.longest_row = longest_row

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from posttrain.models import model as model_module
-from posttrain.models.attention import NAME, TreeStructure
+from posttrain.models.attention import TreeStructure
 from posttrain.models.model import PackedModel, embedding_noise, set_dropout
 from posttrain.packing import Forest, Tree, forest, segment
 from tests.tiny import SHAPES, VOCABULARY, tiny_config, tiny_model
@@ -77,7 +77,6 @@ def test_rule_25_packed_logprobs_and_gradients_equal_separate_rows(family) -> No
     (expected * weights).sum().backward()
     wanted = gradients(hf)
 
-    hf.set_attn_implementation(NAME)
     model = PackedModel(hf)
     for attention in ("tree", "dense"):
         model.attention = attention
@@ -92,7 +91,6 @@ def test_rule_25_packed_logprobs_and_gradients_equal_separate_rows(family) -> No
 def test_rule_25_flex_attention_gives_the_same_logprobs() -> None:
     hf = tiny_model()
     expected = plain_logprobs(hf)
-    hf.set_attn_implementation(NAME)
     result = PackedModel(hf, attention="flex")(example(), ("logprobs",))["logprobs"]
     torch.testing.assert_close(result[example().trainable], expected, rtol=1e-5, atol=1e-5)
 
@@ -107,7 +105,6 @@ def test_rule_25_scores_values_and_gradients_equal_separate_rows(family) -> None
     ((scores * torch.tensor([1.0, -2.0, 0.5, 3.0])).sum() + values.square().sum()).backward()
     wanted = gradients(hf)
 
-    hf.set_attn_implementation(NAME)
     result = PackedModel(hf)(example(), ("scores", "values"))
     torch.testing.assert_close(result["scores"], scores, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(result["values"][example().trainable], values, rtol=1e-5, atol=1e-5)
@@ -118,7 +115,6 @@ def test_rule_25_scores_values_and_gradients_equal_separate_rows(family) -> None
 @torch.no_grad()
 def test_rule_06_a_score_does_not_depend_on_its_neighbours() -> None:
     hf = tiny_scorer()
-    hf.set_attn_implementation(NAME)
     model = PackedModel(hf)
     pad_is_eos = segment([*RESPONSES[1], 0, 0])  # trailing tokens that happen to be the pad token count like any other
     tree = Tree(segment(PROMPT), (segment(RESPONSES[0]), pad_is_eos))
@@ -133,7 +129,6 @@ def test_rule_06_a_score_does_not_depend_on_its_neighbours() -> None:
 
 def packed_model(family: str = "llama", **shape) -> PackedModel:
     hf = tiny_model(family, **shape)
-    hf.set_attn_implementation(NAME)
     return PackedModel(hf)
 
 
@@ -165,7 +160,6 @@ def test_gradient_checkpointing_changes_no_gradient(family, monkeypatch) -> None
 def test_a_dummy_row_keeps_every_parameter_in_the_graph_with_zero_gradient(scalar) -> None:
     if scalar:
         hf = tiny_scorer()
-        hf.set_attn_implementation(NAME)
         model, want = PackedModel(hf), ("values", "scores")
     else:
         model, want = packed_model(), ("logprobs",)
@@ -179,7 +173,6 @@ def test_a_dummy_row_keeps_every_parameter_in_the_graph_with_zero_gradient(scala
 
 def test_calibration_shifts_and_scales_scores_and_values() -> None:
     hf = tiny_scorer()
-    hf.set_attn_implementation(NAME)
     raw = PackedModel(hf)(example(), ("scores", "values"))
     calibrated = PackedModel(hf, calibration=(0.5, 2.0))(example(), ("scores", "values"))
     torch.testing.assert_close(calibrated["scores"], (raw["scores"] - 0.5) / 2)

@@ -12,7 +12,6 @@ import torch
 from posttrain.config import SamplingConfig
 from posttrain.engine import Engine, World
 from posttrain.engine.model import FrozenModel
-from posttrain.models.attention import NAME
 from posttrain.models.model import PackedModel
 from posttrain.packing import forest
 from posttrain.rollout import local
@@ -34,7 +33,6 @@ def world_ends_with_the_module():
 
 def packed(family: str = "llama", **shape: int) -> PackedModel:
     model = tiny_model(family, **shape)
-    model.set_attn_implementation(NAME)
     return PackedModel(model)
 
 
