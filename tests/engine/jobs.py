@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -430,3 +431,9 @@ def collectives(engine: Engine) -> list[Any]:
         raised = str(error)
     numbers = world.sum(torch.full((3,), float(world.rank + 1))).tolist()
     return [told, raised, world.gather(f"r{world.rank}"), world.any(world.rank == 1), world.any(False), world.sum(0.1), numbers]
+
+
+def stuck(engine: Engine) -> None:
+    """Rank 1 never comes."""
+    if engine.world.rank == 1:
+        time.sleep(60)

@@ -1,0 +1,60 @@
+"""Ranks: collectives, and a watchdog that names who hangs where."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.engine.jobs import on
+from tests.pairs import ROOT, free_port, launch_environment, run_pair
+
+HANGS = """
+import time
+from posttrain.engine import World
+world = World.from_launch(hang_minutes=0.05)
+world.barrier("first")
+with world.phase("saving"):
+    if world.rank == 0:
+        world.sum(1.0, "counting sheep")
+    else:
+        time.sleep(60)
+"""
+
+
+def test_collectives_of_one_process():
+    (found,) = on("plain", "collectives")
+    assert found == [{"rank": 0}, "invalid literal for int() with base 10: 'none'", ["r0"], False, False, 0.1, [1.0, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize("backend", ("ddp", "zero2"))
+def test_collectives_agree_on_every_rank(backend):
+    first, second = run_pair(backend, "tests.engine.jobs:collectives")
+    assert first == second
+    assert first == [{"rank": 0}, "invalid literal for int() with base 10: 'none'", ["r0", "r1"], True, False, 0.2, [3.0, 3.0, 3.0]]
+
+
+def test_rule_19_a_hang_names_rank_and_phase():
+    port = free_port()
+    workers = []
+    for rank in range(2):
+        env = launch_environment("ddp", rank, port)
+        workers.append(subprocess.Popen([sys.executable, "-c", HANGS], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
+    _, error = workers[0].communicate(timeout=60)
+    _, late = workers[1].communicate(timeout=60)
+    assert workers[0].returncode == 70
+    assert "rank 0 has waited 3 s in: saving > counting sheep; the run ends here" in error
+    assert "all_reduce" in error  # the stack shows where
+    assert workers[1].returncode == 70 and "rank 1 has waited 3 s in: saving" in late
+
+
+def test_a_pair_reports_failures_with_the_stack_and_works_again():
+    with pytest.raises(AssertionError, match=r"(?s)rank 0: Traceback.*has no attribute 'nothing'"):
+        run_pair("ddp", "tests.engine.jobs:nothing")
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match=r"(?s)rank 1 gave no answer.*jobs\.py.*in stuck"):
+        run_pair("ddp", "tests.engine.jobs:stuck", timeout=4)
+    assert time.monotonic() - began < 20
+    assert run_pair("ddp", "tests.engine.jobs:collectives")[0][2] == ["r0", "r1"]
