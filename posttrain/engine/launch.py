@@ -6,8 +6,11 @@ plain `python recipe.py` sets none and means one process. Accelerate's own class
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -84,6 +87,16 @@ def prepare_environment() -> None:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@contextmanager
+def quiet_start(launch: Launch) -> Iterator[None]:
+    """DeepSpeed says on every rank that its CPU operator was built, also when it only found it; what is worth saying is that it waits."""
+    built = any(Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("*/*.so"))
+    if launch.backend == "zero" and not built and os.environ.get("DS_ACCELERATOR") == "cpu" and os.environ.get("RANK", "0") == "0":
+        print("compiling DeepSpeed's operator for CPUs, once; about a minute", flush=True)
+    with redirect_stdout(io.StringIO()):
+        yield
 
 
 def build_operators() -> None:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from posttrain.engine.launch import Launch, prepare_environment, read_launch
+from posttrain.engine.launch import Launch, prepare_environment, quiet_start, read_launch
 from posttrain.engine.signals import StopFlag
 
 T = TypeVar("T")
@@ -91,7 +91,8 @@ class World:
         kwargs: dict[str, Any] = {"timeout": timedelta(minutes=hang_minutes + 1)} if launch.backend != "single" else {}
         if launch.backend != "single" and not torch.cuda.is_available():
             kwargs["backend"] = "gloo"
-        state = PartialState(cpu=launch.use_cpu, **kwargs)
+        with quiet_start(launch):
+            state = PartialState(cpu=launch.use_cpu, **kwargs)
         if launch.backend == "zero" and state.num_processes == 1 and state.device.type == "cpu":
             raise ValueError("DeepSpeed on a CPU needs two processes or more, not num_processes=1; accelerate_configs/cpu.yaml works")
         return cls(

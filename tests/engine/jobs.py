@@ -219,6 +219,12 @@ def uneven(engine: Engine) -> dict[str, Any]:
     return {"gradient": gradient(before, model.state_dict_full()), "norm": update.grad_norm, "loss": update.terms["loss"]}
 
 
+def different_starts(engine: Engine) -> dict[str, Tensor]:
+    """Ranks that come with different weights; a frozen model and a trained one."""
+    model = engine.train(packed(seed=engine.world.rank), LINEAR, 1, name="policy")
+    return model.state_dict_full()
+
+
 # --- four models, sampling, export
 
 

@@ -47,6 +47,13 @@ def test_rule_19_ranks_sample_differently_often_and_training_goes_on(backend, ch
     assert bool(found["checkpointing"]) == checkpointing == bool(without["checkpointing"])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_ranks_start_from_rank_0s_weights(backend):
+    expected = dict(jobs.packed(seed=0).hf.named_parameters())
+    found = run_pair(backend, "tests.engine.jobs:different_starts")[0]
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
 def test_checkpointing_layers_change_nothing():
     one, other = (alone(jobs.sampling, gather=False, checkpointing=c) for c in (False, True))
     close(one["weights"], other["weights"], rtol=1e-6, atol=1e-6)
