@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -127,6 +128,15 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     """The stage's logged numbers, one dict per step, without those that tell the time."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in ("time", "tokens_per_second")} for line in lines]
+
+
+def logged(folder: Path, *names: str) -> list[dict[str, float]]:
+    """What was logged under these names, or everything."""
+    return [{name: value for name, value in line.items() if not names or name in names} for line in metrics(folder)]
+
+
+def nearly(lines: list[dict[str, float]]) -> list:
+    return [pytest.approx(line, rel=1e-5) for line in lines]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -144,7 +144,7 @@ def train(config: RewardModelConfig, run: Run) -> Path:
                 scores = model.scores(micro)
                 update.backward(ranking_loss(scores, micro, config.margin, config.centering_coef), over=batch.num_trees)
                 seen += torch.tensor(count_correct([scores[part] for _, part in micro.groups], [tree for tree, _ in micro.groups]))
-        correct, pairs = engine.world.sum(seen).tolist()
+        correct, pairs = engine.world.sum(seen.to(engine.world.device)).tolist()
         metrics = {"loss": math.nan, "pair_accuracy": correct / pairs, **report(update)}
         if held_out and config.evaluate_every and (step + 1) % config.evaluate_every == 0:
             metrics["validation_accuracy"] = held_out_accuracy(score_trees(model, held_out, run, config), held_out)["pair_accuracy"]
@@ -210,10 +210,12 @@ def degenerate_probes(trees: Sequence[Tree], chat: Chat) -> dict[str, list[Tree]
     end = list(chat.end_of_turn_ids[:1])
 
     def answer(tree: Tree, ids: list[int]) -> Tree:
-        return Tree(tree.root, (segment(ids + end, True),))
+        # no longer than the longest response: beside a long prompt a longer one would not fit
+        room = max(map(len, tree.children)) - 1
+        return Tree(tree.root, (segment(ids[:room] + end, True),))
 
     def echo(tree: Tree) -> list[int]:
-        return chat.response(chat.tokenizer.decode(tree.root.input_ids, skip_special_tokens=True))[: len(tree.root)]
+        return chat.response(chat.tokenizer.decode(tree.root.input_ids, skip_special_tokens=True))[:-1]
 
     def first_token(tree: Tree) -> list[int]:
         return tree.children[0].input_ids[:1].tolist()

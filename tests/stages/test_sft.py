@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from posttrain.config import CheckpointConfig, ModelConfig, OptimizerConfig, replace, to_json
 from posttrain.stages.sft import SFTConfig, train
 from tests.pairs import ROOT, run_pair
-from tests.runs import LINEAR, close, gradient, metrics, run_stage, same, weights, write_rows
+from tests.runs import LINEAR, close, gradient, logged, metrics, nearly, run_stage, same, weights, write_rows
 from tests.stages.worlds import conversations, texts
 from tests.tiny import CHATML, tiny_folder, tiny_model, tiny_tokenizer
 
@@ -40,15 +40,6 @@ def config(tmp_path) -> SFTConfig:
         evaluate_every=2,
         max_tokens_per_micro_batch=4096,
     )
-
-
-def logged(folder: Path, *names: str) -> list[dict[str, float]]:
-    """What was logged under these names, or everything."""
-    return [{name: value for name, value in line.items() if not names or name in names} for line in metrics(folder)]
-
-
-def nearly(lines: list[dict[str, float]]) -> list:
-    return [pytest.approx(line, rel=1e-5) for line in lines]
 
 
 # --- partition invariance
