@@ -6,6 +6,8 @@ The denominator is that of the whole optimizer step: a token weighs the same in 
 (InstructGPT, arXiv 2203.02155, section 3.5; the same loop on `text` rows is pretraining). Training ends after `epochs`,
 or earlier when the held-out loss has not fallen for `patience` evaluations; the best evaluated weights are kept.
 
+Text rows may be mixed in, `ptx_coef` times their mean loss in the same step, so that what was learnt before isn't forgotten.
+
 What differs from the paper: InstructGPT picks its SFT model by reward-model score after 16 epochs; here the held-out
 loss decides, and overfitting is left to the user's choice of `epochs`.
 
@@ -54,6 +56,14 @@ class SFTConfig:
     """Optimizer steps between evaluations; 0 evaluates once per epoch."""
     patience: int = 0
     """Stop after this many evaluations without a lower held-out loss; 0 trains to the end."""
+    pretraining: DataConfig = DataConfig(path="")
+    """Text rows mixed in, so that what was learnt before isn't forgotten; needed unless `ptx_coef` is 0."""
+    ptx_coef: float = 0.0
+    """Weight of their loss, mean against mean; 0 is off (InstructGPT mixes 10 % into the model that PPO starts from, C.3)."""
+    ptx_batch_size: int = 32
+    """Text windows per optimizer step."""
+    ptx_window: int = 1024
+    """Tokens per text window."""
     template: str = "auto"
     """Chat template: auto (the model's own, proven), raw (contents only), or a jinja file."""
     neftune_alpha: float = 0.0
@@ -80,12 +90,19 @@ class SFTConfig:
                 self.patience > 0 and not self.validation.path,
                 f"patience={self.patience} needs validation.path: without held-out rows nothing tells when to stop; patience=0 works",
             ),
+            (self.ptx_coef < 0, f"ptx_coef={self.ptx_coef} must not be negative; 0 is off"),
+            (
+                self.ptx_coef > 0 and not self.pretraining.path,
+                f"ptx_coef={self.ptx_coef} needs text rows in pretraining.path; ptx_coef=0 mixes nothing in",
+            ),
+            (self.ptx_batch_size < 1, f"ptx_batch_size={self.ptx_batch_size} must be at least 1; 32 works"),
+            (self.ptx_window < 2, f"ptx_window={self.ptx_window} must be at least 2; 1024 works"),
             (self.neftune_alpha < 0, f"neftune_alpha={self.neftune_alpha} must not be negative; 0 is off, 5 is the paper's"),
             (not 0 <= self.dropout < 1, f"dropout={self.dropout} must lie in [0, 1); 0 works"),
             (not 0 <= self.max_dropped_fraction <= 1, f"max_dropped_fraction={self.max_dropped_fraction} must lie in [0, 1]; 0.1 works"),
             (
-                self.max_tokens_per_micro_batch < self.max_length,
-                f"max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} must be at least max_length={self.max_length}",
+                self.max_tokens_per_micro_batch < max(self.max_length, self.ptx_window if self.ptx_coef else 0),
+                f"max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} is below max_length={self.max_length} or ptx_window",
             ),
         )
 
@@ -125,14 +142,16 @@ def train(config: SFTConfig, run: Run) -> Path:
     from posttrain.data.chat import Chat
     from posttrain.data.sampler import Sampler
     from posttrain.engine.tally import report
+    from posttrain.inputs import load_texts
     from posttrain.models.loading import load_causal_lm
     from posttrain.models.model import set_dropout
     from posttrain.ops import nll
 
-    engine = run.engine
+    engine, budget = run.engine, config.max_tokens_per_micro_batch
     chat = Chat.load(config.model.path, config.template)
     trees = load_rows(config, config.data, chat, run)
     held_out = load_rows(config, config.validation, chat, run) if config.validation.path else []
+    windows = load_texts(run, config.pretraining, chat, config.ptx_window) if config.ptx_coef else []
     total_steps = max(1, round(config.epochs * len(trees) / config.batch_size))
     evaluate_every = config.evaluate_every or max(1, len(trees) // config.batch_size)
 
@@ -140,24 +159,31 @@ def train(config: SFTConfig, run: Run) -> Path:
     model.neftune_alpha = config.neftune_alpha
     set_dropout(model, config.dropout)
     policy = engine.train(model, config.optimizer, total_steps, name="policy")
-    sampler = Sampler(len(trees), config.batch_size, run.seed)
+    order = Sampler(len(trees), config.batch_size, run.seed)
+    text_order = Sampler(max(1, len(windows)), config.ptx_batch_size, run.seed + 1)
     best = BestLoss()
-    run.resume({"policy": policy}, sampler=sampler, best=best)
+    run.resume({"policy": policy}, order=order, texts=text_order, best=best)
 
     # a run that had stopped early, and was killed before its export, has no step left to do
     for step in run.steps(run.step if best.is_over(config.patience) else total_steps):
-        batch = engine.pack([trees[i] for i in sampler.take()], config.max_tokens_per_micro_batch)
+        batch = engine.pack([trees[i] for i in order.take()], budget)
+        text = engine.pack([windows[i] for i in text_order.take()] if windows else [], budget)
         with engine.update(policy) as update:
             for micro in batch.micro_batches():
                 update.backward(nll(policy.logprobs(micro), micro.trainable), over=batch.num_tokens)
-        metrics = {"loss": math.nan, **report(update), "epoch": sampler.epoch}
+            for micro in text.micro_batches():
+                loss = nll(policy.logprobs(micro), micro.trainable)
+                update.backward(loss, over=text.num_tokens, weight=config.ptx_coef, label="ptx")
+        metrics = {"loss": math.nan, **report(update), "epoch": order.epoch}
+        if "ptx_loss" in metrics:
+            metrics["ptx_loss"] /= config.ptx_coef
 
         score = None
         if held_out and ((step + 1) % evaluate_every == 0 or step + 1 == total_steps):
-            metrics["validation_loss"] = held_out_loss(policy, held_out, run, config.max_tokens_per_micro_batch)
+            metrics["validation_loss"] = held_out_loss(policy, held_out, run, budget)
             best.update(metrics["validation_loss"])
             score = -metrics["validation_loss"]
-        run.log(metrics, tokens=batch.size, optimizer_steps=1)
+        run.log(metrics, tokens=batch.size + text.size, optimizer_steps=int(update.stepped))
         run.checkpoint(score=score)
         if best.is_over(config.patience):
             run.say(f"the held-out loss has not fallen for {best.since} evaluations; its best was {best.lowest:.4f}")
@@ -207,4 +233,5 @@ def smoke(config: SFTConfig) -> SFTConfig:
     """The same stage on 64 rows, for two optimizer steps."""
     rows = replace(config.data, limit=64)
     validation = replace(config.validation, limit=64)
-    return replace(config, data=rows, validation=validation, batch_size=32, epochs=1.0, patience=0)
+    texts = replace(config.pretraining, limit=64)
+    return replace(config, data=rows, validation=validation, pretraining=texts, batch_size=32, epochs=1.0, patience=0)
