@@ -40,7 +40,7 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 def sum_by_length(values: Tensor, lengths: Sequence[int]) -> Tensor:
     """Sum `values (T,)` over each of B consecutive runs of `lengths` -> (B,)."""
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.as_tensor(lengths))
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.as_tensor(lengths, dtype=torch.int64))
     return values.new_zeros(len(lengths)).index_add(0, owner, values)
 
 

@@ -4,7 +4,7 @@
 
 Writes three files of comparison rows: train.jsonl, validation.jsonl and validation_clean.jsonl. Validation prompts are
 split off by the prompt's digest, so that no prompt is in both. The labeler misjudges a response with probability `noise`:
-it then gets the score of another response to the same prompt. validation_clean has the same rows without mistakes.
+it then gets the score of another response to the same prompt. validation_clean judges the same prompts without mistakes.
 Rows in which all responses are equally good say nothing and are left out, counted.
 """
 
@@ -71,9 +71,8 @@ def label(config: LabelConfig, run: Run) -> Path:
     from posttrain.data.sources import read_source
 
     folder = run.folder / "comparisons"
-    if run.engine.world.is_main:
-        write_comparisons(config, list(read_source(config.responses)), folder, run)
-    run.engine.world.barrier("labelling")
+    # what goes wrong on rank 0 is raised by every rank, or the others would wait for it
+    run.engine.world.first_says(lambda: write_comparisons(config, list(read_source(config.responses)), folder, run), "labelling")
     return folder
 
 
