@@ -15,25 +15,24 @@ responses is better, only a ranking tells.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from posttrain.config import when
+
 if TYPE_CHECKING:
     from posttrain.run import Run
 
-VERSION = 1
-SPLITS = ("train", "validation", "test")
-TEXTS = {"train": 6000, "validation": 200, "test": 200}
-DEMONSTRATIONS = {"train": 6000, "validation": 300, "test": 300}
-PROMPTS = {"train": 6000, "validation": 300, "test": 300}
-HELD_OUT_PERCENT = {"validation": 8, "test": 8}
-
-TERSE, CHATTY = 0.70, 0.20  # shares of the demonstrations; the rest are slips
+VERSION = 3
+SPLITS = {"train": 1.0, "validation": 0.05, "test": 0.05}  # sizes, as shares of the training split's
+HELD_OUT_PERCENT = {"validation": 8, "test": 8}  # of all problems
+TERSE, CHATTY = 0.50, 0.40  # shares of the demonstrations; the rest are slips
 CHAT = ("I think it is {answer}", "Sure! The answer is {answer}", "{answer} (I believe)", "It should be {answer}, or so", "Well, {answer}.")
 
 
@@ -139,23 +138,21 @@ def split_of(identity: str) -> str:
     return "train"
 
 
-def problems(task: Task, split: str, purpose: str) -> Iterator[tuple[dict, dict[str, str]]]:
-    """Endless (entry, words) of a task's problems in a split; every purpose draws its own."""
+def problems(task: Task, split: str, rng: Random) -> Iterator[tuple[dict, dict[str, str]]]:
+    """Endless (entry, words) of a task's problems that belong to a split, from a random place on."""
     data = verifier(task.name)
-    start = int.from_bytes(hashlib.sha256(f"{task.name} {split} {purpose}".encode()).digest()[:6], "big")
-    for index in count(start):
+    for index in count(rng.getrandbits(48)):
         entry = data[index]
         metadata = {key: value for key, value in entry["metadata"].items() if key not in ("difficulty", "source_index")}
-        words = task.fill(metadata)
         if split_of(f"{task.name} {task.identity(metadata)}") == split:
             answer = entry["answer"] if task.separator else entry["answer"].upper()
-            yield {"question": entry["question"], "answer": entry["answer"], "metadata": metadata}, {**words, "answer": answer}
+            words = {**task.fill(metadata), "answer": answer}
+            yield {"question": entry["question"], "answer": entry["answer"], "metadata": metadata}, words
 
 
-def asked(split: str, purpose: str, size: int) -> Iterator[tuple[dict, Random]]:
-    """`size` different prompt rows, the tasks in turn, each with the random numbers that belong to it."""
-    rng = Random(f"{purpose} {split}")
-    sources = [problems(task, split, purpose) for task in TASKS]
+def asked(split: str, size: int, rng: Random) -> Iterator[dict]:
+    """`size` different prompt rows, the tasks in turn, with what the verifier needs."""
+    sources = [problems(task, split, rng) for task in TASKS]
     seen: set[str] = set()
     while len(seen) < size:
         task = TASKS[len(seen) % len(TASKS)]
@@ -163,31 +160,19 @@ def asked(split: str, purpose: str, size: int) -> Iterator[tuple[dict, Random]]:
         prompt = rng.choice(task.phrasings).format(**words)
         if prompt not in seen:
             seen.add(prompt)
-            yield {"prompt": prompt, "task": task.name, "answer": words["answer"], "entry": entry}, rng
+            yield {"prompt": prompt, "task": task.name, "answer": words["answer"], "entry": entry}
 
 
-def prompts(split: str = "train") -> Iterator[dict]:
-    """Prompt rows with what the verifier needs: task, answer, entry."""
-    for row, _ in asked(split, "prompts", PROMPTS[split]):
-        yield row
-
-
-def labelling(split: str = "train") -> Iterator[dict]:
-    """Prompt rows whose responses are sampled and ranked for the reward model."""
-    for row, _ in asked(split, "labelling", PROMPTS[split]):
-        yield row
-
-
-def demonstrations(split: str = "train") -> Iterator[dict]:
+def demonstrations(split: str, size: int, rng: Random) -> Iterator[dict]:
     """Demonstration rows by writers of uneven care: terse and right, chatty, or with a slip."""
-    for row, rng in asked(split, "demonstrations", DEMONSTRATIONS[split]):
-        task = next(task for task in TASKS if task.name == row["task"])
+    separators = {task.name: task.separator for task in TASKS}
+    for row in asked(split, size, rng):
         draw, answer = rng.random(), row["answer"]
         if draw >= TERSE + CHATTY:
-            answer = slip(answer, task.separator, rng)
+            answer = slip(answer, separators[row["task"]], rng)
         elif draw >= TERSE:
             answer = rng.choice(CHAT).format(answer=answer)
-        yield {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": answer}], "task": task.name}
+        yield {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": answer}], "task": row["task"]}
 
 
 def slip(answer: str, separator: str, rng: Random) -> str:
@@ -204,19 +189,18 @@ def slip(answer: str, separator: str, rng: Random) -> str:
     return separator.join(units)
 
 
-def text(split: str = "train") -> Iterator[dict]:
-    """Text rows: paragraphs in which statements about the tasks stand between sentences about nothing in particular."""
-    rng = Random(f"text {split}")
-    sources = [problems(task, split, "text") for task in TASKS]
-    for _ in range(TEXTS[split]):
+def text(split: str, size: int, rng: Random) -> Iterator[dict]:
+    """Text rows: paragraphs in which statements about the tasks stand around a sentence about nothing in particular."""
+    sources = [problems(task, split, rng) for task in TASKS]
+    for _ in range(size):
         sentences = [sentence(rng)]
-        for at in rng.sample(range(len(TASKS)), len(TASKS)) + rng.sample(range(len(TASKS)), len(TASKS)):
-            sentences.append(rng.choice(TASKS[at].statements).format(**next(sources[at])[1]))
+        for task, source in [*zip(TASKS, sources)] * 2:
+            sentences.append(rng.choice(task.statements).format(**next(source)[1]))
         rng.shuffle(sentences)
         yield {"text": " ".join(sentences)}
 
 
-WHO = ("the old farmer", "a tall woman", "the young baker", "our teacher", "a quiet child", "the captain", "my neighbour", "the doctor")
+WHO = ("The old farmer", "A tall woman", "The young baker", "Our teacher", "A quiet child", "The captain", "My neighbour", "The doctor")
 DOES = ("walks to", "looks at", "sings near", "waits by", "dreams of", "comes back from", "talks about", "paints")
 WHERE = ("the river", "a red house", "the small garden", "the long road", "an open door", "the market", "the green hill", "a boat")
 WHEN = ("in the morning", "at night", "every day", "after the rain", "in winter", "before lunch", "now and then", "without a word")
@@ -224,8 +208,7 @@ WHEN = ("in the morning", "at night", "every day", "after the rain", "in winter"
 
 def sentence(rng: Random) -> str:
     """A sentence about nothing in particular."""
-    words = f"{rng.choice(WHO)} {rng.choice(DOES)} {rng.choice(WHERE)} {rng.choice(WHEN)}."
-    return words[0].upper() + words[1:]
+    return f"{rng.choice(WHO)} {rng.choice(DOES)} {rng.choice(WHERE)} {rng.choice(WHEN)}."
 
 
 def score(row: dict, response: str) -> float:
@@ -241,11 +224,12 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 SPECIAL = ("<|pad|>", "<|im_start|>", "<|im_end|>")
+ROWS = {"text": text, "demonstrations": demonstrations, "labelling": asked, "prompts": asked}
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseConfig:
-    """The blank model of the tiny world."""
+class WorldConfig:
+    """The blank model of the tiny world, and how much there is to read in it."""
 
     vocabulary: int = 1024
     """Entries of the byte-level BPE tokenizer, at least 256 bytes and the special tokens."""
@@ -254,53 +238,67 @@ class BaseConfig:
     heads: int = 4
     context: int = 256
     """Longest row in tokens."""
-    tokenizer_rows: int = field(default=1500)
-    """Text rows and demonstrations, each, that the tokenizer is trained on."""
+    rows: int = 6000
+    """Training rows of each kind; held-out splits have a twentieth."""
 
     def problems(self) -> list[str]:
-        found = []
-        least = 256 + len(SPECIAL)
-        if self.vocabulary < least:
-            found.append(f"vocabulary={self.vocabulary} has no room for every byte; {least} works")
-        if self.hidden_size % (2 * self.heads):
-            found.append(f"hidden_size={self.hidden_size} must be a multiple of 2 x heads={self.heads}; {2 * self.heads * 16} works")
-        return found
+        least, step = 256 + len(SPECIAL), 2 * max(1, self.heads)
+        return when(
+            (self.vocabulary < least, f"vocabulary={self.vocabulary} has no room for every byte; {least} works"),
+            (min(self.heads, self.layers) < 1, f"heads={self.heads} and layers={self.layers} must be at least 1; 4 works"),
+            (self.hidden_size % step != 0, f"hidden_size={self.hidden_size} must be a multiple of 2 x heads; {16 * step} works"),
+            (self.context < 64, f"context={self.context} is too short for this world's rows; 256 works"),
+            (self.rows < 100, f"rows={self.rows} leaves the held-out splits nearly empty; 6000 works"),
+        )
 
 
-def make_tokenizer(config: BaseConfig) -> Any:
+def make_world(config: WorldConfig, run: Run) -> Path:
+    """Pipeline stage: rows of all kinds and splits, a tokenizer, and a randomly initialised Llama as a plain model folder.
+
+    The folder returned holds model/, text/, demonstrations/, labelling/ and prompts/.
+    """
+    folder = run.folder / "world"
+    if run.engine.world.is_main:
+        for kind, make in ROWS.items():
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            for split, share in SPLITS.items():
+                rng = Random(f"{run.seed} {kind} {split}")
+                lines = [json.dumps(row) + "\n" for row in make(split, int(config.rows * share), rng)]
+                (folder / kind / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_blank_model(config, run.seed, folder / "model")
+    run.engine.world.barrier("making the world")
+    return folder
+
+
+def make_tokenizer(vocabulary: int, rng: Random) -> Any:
     """A byte-level BPE tokenizer of the world's text and conversations, with a ChatML template.
 
-    Capitals that spell and digits stay single tokens: a model this small has no time to learn how its tokens are spelled.
+    Capitals that spell, and digits, are tokens of their own: a model this small has no time to learn how its tokens are
+    spelled.
     """
-    from itertools import islice
-
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    lines = [row["text"] for row in islice(text("train"), config.tokenizer_rows)]
-    for row in islice(demonstrations("train"), config.tokenizer_rows):
+    lines = [row["text"] for row in text("train", 1000, rng)]
+    for row in demonstrations("train", 1000, rng):
         lines += [f"{message['role']}\n{message['content']}" for message in row["messages"]]
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex("[A-Z](?![a-z])|[0-9]"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    spelling = pre_tokenizers.Split(Regex("[A-Z](?![a-z])|[0-9]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([spelling, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocabulary, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(lines, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[2])
     fast.chat_template = CHATML
     return fast
 
 
-def make_base(config: BaseConfig, run: Run) -> Path:
-    """Pipeline stage: a randomly initialised Llama with its tokenizer as a plain model folder."""
+def write_blank_model(config: WorldConfig, seed: int, folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = make_tokenizer(config)
+    tokenizer = make_tokenizer(config.vocabulary, Random(f"{seed} tokenizer"))
     shape = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
@@ -309,15 +307,12 @@ def make_base(config: BaseConfig, run: Run) -> Path:
         num_attention_heads=config.heads,
         max_position_embeddings=config.context,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # rows are short
-        initializer_range=0.06,  # a narrow model: about 1/sqrt(2 hidden_size), the usual 0.02 learns slowly
+        initializer_range=0.06,  # about (2 x hidden_size) ** -0.5: the usual 0.02 learns slowly in so narrow a model
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    torch.manual_seed(run.seed)
-    model = LlamaForCausalLM(shape).to(torch.float32)
-    folder = run.folder / "model"
-    model.save_pretrained(folder)
+    torch.manual_seed(seed)
+    LlamaForCausalLM(shape).to(torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
