@@ -314,5 +314,5 @@ def write_blank_model(config: WorldConfig, seed: int, folder: Path) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(seed)
-    LlamaForCausalLM(shape).to(torch.float32).save_pretrained(folder)
+    LlamaForCausalLM(shape).float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
