@@ -56,21 +56,20 @@ def build(recipe: InstructGPT) -> Pipeline:
         base = replace(base, path=trained)
     policy = replace(base, path=pipeline.stage("sft", sft.train, replace(recipe.sft, model=base)))
 
-    comparisons = {"data": recipe.reward_model.data, "validation": recipe.reward_model.validation}
-    clean = recipe.evaluation.comparisons
+    judged = recipe.reward_model
+    comparisons, noisy = recipe.evaluation.comparisons, recipe.evaluation.noisy_comparisons
     if recipe.rank_own_samples:
         responses = pipeline.stage("candidates", generate.generate, replace(recipe.candidates, model=policy))
         labels = replace(recipe.labels, responses=DataConfig(path=responses))
         folder = pipeline.stage("comparisons", labelling.label, labels)
-        comparisons = {"data": DataConfig(path=folder), "validation": DataConfig(path=folder, split="validation")}
-        clean = DataConfig(path=folder, split="validation_clean")
-        recipe = replace(recipe, evaluation=replace(recipe.evaluation, noisy_comparisons=comparisons["validation"]))
-    judge = pipeline.stage("reward_model", reward_model.train, replace(recipe.reward_model, model=policy, **comparisons))
+        noisy, comparisons = DataConfig(path=folder, split="validation"), DataConfig(path=folder, split="validation_clean")
+        judged = replace(judged, data=DataConfig(path=folder), validation=noisy)
+    judge = pipeline.stage("reward_model", reward_model.train, replace(judged, model=policy))
 
     final = pipeline.stage("ppo", ppo.train, replace(recipe.ppo, policy=policy, reward_model=replace(policy, path=judge)))
     evaluation = replace(recipe.evaluation, models=(base.path, policy.path, final), names=("base", "sft", "ppo"))
-    if clean.path:
-        evaluation = replace(evaluation, reward_model=judge, comparisons=clean)
+    if comparisons.path:
+        evaluation = replace(evaluation, reward_model=judge, comparisons=comparisons, noisy_comparisons=noisy)
     pipeline.stage("evaluation", gold.evaluate, evaluation)
     return pipeline
 
@@ -87,23 +86,27 @@ TINY = InstructGPT(
         validation=HELD_OUT_TEXT,
         row_type="text",
         max_length=128,
-        batch_size=64,
-        epochs=4,
-        evaluate_every=100,
-        optimizer=OptimizerConfig(lr=3e-3, warmup_steps=20),
+        batch_size=10,
+        epochs=2.2,
+        evaluate_every=300,
+        optimizer=OptimizerConfig(lr=2e-3, warmup_steps=30),
     ),
     sft=SFTConfig(
         data=DataConfig(path=f"{WORLD}/demonstrations"),
         validation=DataConfig(path=f"{WORLD}/demonstrations", split="validation"),
+        pretraining=TEXT,
+        ptx_coef=0.5,
+        ptx_batch_size=4,
+        ptx_window=64,
         max_length=128,
-        batch_size=64,
-        epochs=20,
+        batch_size=48,
+        epochs=7,
         evaluate_every=50,
         patience=2,
-        optimizer=OptimizerConfig(lr=2e-3, warmup_steps=20, schedule="constant"),
+        optimizer=OptimizerConfig(lr=2e-3, warmup_steps=20),
     ),
     candidates=GenerateConfig(
-        prompts=DataConfig(path=f"{WORLD}/labelling", limit=2000),
+        prompts=DataConfig(path=f"{WORLD}/labelling", limit=3000),
         sampling=SamplingConfig(max_new_tokens=32),
         max_prompt_length=96,
     ),
@@ -111,9 +114,9 @@ TINY = InstructGPT(
     reward_model=RewardModelConfig(
         demonstrations=DataConfig(path=f"{WORLD}/demonstrations", split="validation"),
         max_length=128,
-        epochs=2,
-        batch_size=32,
-        evaluate_every=25,
+        epochs=3,
+        batch_size=24,
+        evaluate_every=50,
         optimizer=OptimizerConfig(lr=5e-4, warmup_steps=10),
     ),
     ppo=PPOConfig(
@@ -123,14 +126,14 @@ TINY = InstructGPT(
         rollout_batch_size=128,
         minibatch_size=64,
         num_epochs=2,
-        kl_coef=0.02,
+        kl_coef=0.3,
         ptx_coef=0.5,
-        ptx_batch_size=16,
+        ptx_batch_size=8,
         ptx_window=64,
         max_prompt_length=96,
         sampling=SamplingConfig(max_new_tokens=32),
         score=ScoreConfig(scaling="calibration", missing_eos_score=-2.0),
-        policy_optimizer=OptimizerConfig(lr=3e-4, schedule="constant", warmup_steps=5),
+        policy_optimizer=OptimizerConfig(lr=1.5e-4, schedule="constant", warmup_steps=5),
         critic_optimizer=OptimizerConfig(lr=1e-3, schedule="constant"),
     ),
     evaluation=GoldConfig(

@@ -1,6 +1,6 @@
 """Supervised fine-tuning alone: demonstrations in, a chat model out.
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py --data.path rows.jsonl --model.path FOLDER
+accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py --data.path rows.jsonl --model.path FOLDER
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ A split may be a slice of itself, "train[:90%]" or "train[1000:]", of every sour
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
 import hashlib
 import importlib.metadata
@@ -259,8 +260,9 @@ def _call(name: str, query: Mapping[str, Any], split: str) -> Iterable[Any]:
     return rows
 
 
+@functools.cache
 def _module_text(function: Callable[..., Any]) -> str:
-    """The text of the whole module: what a function makes depends on its helpers, too."""
+    """The text of the whole module: what a function makes depends on its helpers, too. Read once, as the code is."""
     module = inspect.getmodule(function)
     return inspect.getsource(module if module is not None else function)
 

@@ -173,8 +173,12 @@ def text_content(value: str, contents: Contents) -> str:
     return value
 
 
+@cache
 def module_source(name: str) -> str:
-    """The source of a module that exists and is written in Python, else ""."""
+    """The source of a module that exists and is written in Python, else "".
+
+    Read once: a file that is edited while the pipeline runs is not what runs.
+    """
     try:
         spec = importlib.util.find_spec(name)
     except (ModuleNotFoundError, ValueError):

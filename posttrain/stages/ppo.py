@@ -494,7 +494,15 @@ def plan(config: PPOConfig) -> dict[str, Any]:
 
 def smoke(config: PPOConfig) -> PPOConfig:
     """The same stage for two iterations of 32 responses, on 64 rows."""
-    small = {name: replace(getattr(config, name), limit=64) for name in ("prompts", "pretraining")}
-    sampling = replace(config.sampling, max_new_tokens=min(16, config.sampling.max_new_tokens))
-    sizes = {"num_iterations": 2, "rollout_batch_size": 32, "minibatch_size": 16, "num_epochs": 1, "ptx_batch_size": 16}
-    return replace(config, **small, **sizes, sampling=sampling, critic_warmup_iterations=0)
+    return replace(
+        config,
+        prompts=replace(config.prompts, limit=64),
+        pretraining=replace(config.pretraining, limit=64),
+        sampling=replace(config.sampling, max_new_tokens=min(16, config.sampling.max_new_tokens)),
+        num_iterations=2,
+        rollout_batch_size=32,
+        minibatch_size=16,
+        num_epochs=1,
+        ptx_batch_size=16,
+        critic_warmup_iterations=0,
+    )

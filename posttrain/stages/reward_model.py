@@ -215,7 +215,7 @@ def degenerate_probes(trees: Sequence[Tree], chat: Chat) -> dict[str, list[Tree]
         return Tree(tree.root, (segment(ids[:room] + end, True),))
 
     def echo(tree: Tree) -> list[int]:
-        return chat.response(chat.tokenizer.decode(tree.root.input_ids, skip_special_tokens=True))[:-1]
+        return chat.response(str(chat.tokenizer.decode(tree.root.input_ids, skip_special_tokens=True)))[:-1]
 
     def first_token(tree: Tree) -> list[int]:
         return tree.children[0].input_ids[:1].tolist()
