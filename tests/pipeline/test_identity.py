@@ -9,7 +9,7 @@ import pytest
 
 from posttrain.config import CheckpointConfig, DataConfig, ModelConfig, replace
 from posttrain.pipeline import Pipeline
-from posttrain.pipeline.identity import UNKNOWN, Contents, differences, digest, made_of
+from posttrain.pipeline.identity import UNKNOWN, Contents, differences, digest, made_of, module_source
 from tests.pipeline.stages_for_tests import OtherConfig, WriteConfig, other, write
 
 
@@ -77,7 +77,9 @@ def test_the_source_behind_a_functions_name_is_identity(identify, tmp_path, monk
     before = identify(config)
     assert identify(config) == before
     module.write_text("def rows():\n    yield {'text': 'another'}\n")
-    sys.modules.pop(module.stem, None)
+    assert identify(config) == before, "an edit during a run is not what runs"
+    sys.modules.pop(module.stem, None)  # another launch
+    module_source.cache_clear()
     (line,) = differences(before, identify(config))
     assert line.startswith(field)
 
