@@ -84,32 +84,54 @@ def rollout_of(config: PPOConfig, folder: Path, seed: int = 0) -> Rollout:
         return sample(policy, [asked[i] for i in order], config.sampling, world=run.engine.world, seed=seed, stop_ids=ends)
 
 
-def slow_iteration(config: PPOConfig, rollout: Rollout, scale: float = 1.0) -> dict[str, Any]:
-    """The gradients of both models and the diagnostics, by plain transformers on one response at a time."""
-    policy = AutoModelForCausalLM.from_pretrained(config.policy.path, dtype=torch.float32).eval()
-    critic = AutoModelForSequenceClassification.from_pretrained(config.reward_model.path, dtype=torch.float32).eval()
-    bias, temperature = read_calibration(config.reward_model.path).bias, config.sampling.temperature
-    logprobs, values, scores, advantages, returns = [], [], [], [], []
+def plain_models(config: PPOConfig) -> tuple[Any, Any]:
+    """Policy and reward model as transformers loads them."""
+    policy = AutoModelForCausalLM.from_pretrained(config.policy.path, dtype=torch.float32)
+    return policy.eval(), AutoModelForSequenceClassification.from_pretrained(config.reward_model.path, dtype=torch.float32).eval()
+
+
+def slow_logprobs(policy: Any, rollout: Rollout, temperature: float) -> Tensor:
+    """(T,), one response at a time."""
+    found = []
     for b, response in enumerate(rollout.responses):
         prompt = rollout.prompts[int(rollout.prompt_of[b])]
-        ids = torch.tensor([prompt + response])
-        distribution = (policy(ids).logits[0] / temperature).log_softmax(-1)
-        logprobs.append(torch.stack([distribution[len(prompt) - 1 + t, token] for t, token in enumerate(response)]))
-        raw = critic.score(critic.model(ids).last_hidden_state[0]).squeeze(-1)
-        calibrated = (raw - bias) / scale
+        distribution = (policy(torch.tensor([prompt + response])).logits[0] / temperature).log_softmax(-1)
+        found += [distribution[len(prompt) - 1 + t, token] for t, token in enumerate(response)]
+    return torch.stack(found)
+
+
+def slow_values(critic: Any, rollout: Rollout, bias: float, scale: float) -> tuple[Tensor, list[float]]:
+    """Values (T,) before each token, and the score after the last one of each response."""
+    values, scores = [], []
+    for b, response in enumerate(rollout.responses):
+        prompt = rollout.prompts[int(rollout.prompt_of[b])]
+        hidden = critic.model(torch.tensor([prompt + response])).last_hidden_state[0]
+        calibrated = (critic.score(hidden).squeeze(-1) - bias) / scale
         values.append(calibrated[len(prompt) - 1 : -1])
-        score = calibrated[-1].item()
-        scores.append(score)
-        if config.score.clip:
-            score = min(max(score, -config.score.clip), config.score.clip)
-        rewards = [0.0] * (len(response) - 1) + [score if rollout.finished[b] else config.score.missing_eos_score]
-        advantages += slow_gae(rewards, values[-1].tolist(), config.gamma, config.lam)
-        returns += [a + v for a, v in zip(advantages[-len(response) :], values[-1].tolist())]
-    white = np.array(advantages)
-    white = (white - white.mean()) / np.sqrt(white.var() + 1e-8)
-    policy_gradient = -(torch.tensor(white, dtype=torch.float32) * torch.cat(logprobs)).mean()
-    policy_gradient.backward()
-    critic_loss = 0.5 * (torch.cat(values) - torch.tensor(returns, dtype=torch.float32)).square().mean()
+        scores.append(calibrated[-1].item())
+    return torch.cat(values), scores
+
+
+def slow_targets(config: PPOConfig, rollout: Rollout, values: Tensor, scores: list[float]) -> tuple[Tensor, Tensor]:
+    """Whitened advantages (T,) and returns (T,) of a first iteration, in which the KL is 0."""
+    advantages: list[float] = []
+    for b, mine in enumerate(values.split([len(response) for response in rollout.responses])):
+        score = min(max(scores[b], -config.score.clip), config.score.clip) if config.score.clip else scores[b]
+        rewards = [0.0] * (len(mine) - 1) + [score if rollout.finished[b] else config.score.missing_eos_score]
+        advantages += slow_gae(rewards, mine.tolist(), config.gamma, config.lam)
+    found = np.array(advantages)
+    returns = torch.tensor(found, dtype=torch.float32) + values.detach()
+    return torch.tensor((found - found.mean()) / np.sqrt(found.var() + 1e-8), dtype=torch.float32), returns
+
+
+def slow_iteration(config: PPOConfig, rollout: Rollout, scale: float = 1.0) -> dict[str, Any]:
+    """The gradients of both models at the first step, by plain transformers: ratios are 1, values are the old ones."""
+    policy, critic = plain_models(config)
+    logprobs = slow_logprobs(policy, rollout, config.sampling.temperature)
+    values, scores = slow_values(critic, rollout, read_calibration(config.reward_model.path).bias, scale)
+    advantages, returns = slow_targets(config, rollout, values, scores)
+    (-(advantages * logprobs).mean()).backward()
+    critic_loss = 0.5 * (values - returns).square().mean()
     critic_loss.backward()
     return {
         "policy": {name: p.grad for name, p in policy.named_parameters()},
@@ -143,6 +165,39 @@ def test_rule_15_one_iteration_is_the_one_by_hand(config, tmp_path, scaling):
     assert line["critic_loss"] == pytest.approx(expected["critic_loss"], rel=1e-4)
     assert line["share_finished"] == np.mean(rollout.finished)
     assert line["response_length"] == pytest.approx(np.mean([len(r) for r in rollout.responses]))
+
+
+def test_three_epochs_are_clipped_around_the_policy_and_values_of_the_rollout(config, tmp_path):
+    """Three steps of plain gradient descent on one rollout, by hand; ratios and values leave the clip range on the way."""
+    descent = replace(LINEAR, betas=(0.0, 0.0))
+    config = replace(config, num_epochs=3, clip_range=0.1, value_clip_range=0.1, policy_optimizer=descent, critic_optimizer=descent)
+    rollout = rollout_of(config, tmp_path / "sampling")
+    policy, critic = plain_models(config)
+    bias = read_calibration(config.reward_model.path).bias
+    old = slow_logprobs(policy, rollout, 1.0).detach()
+    old_values, scores = slow_values(critic, rollout, bias, 1.0)
+    old_values = old_values.detach()
+    advantages, returns = slow_targets(config, rollout, old_values, scores)
+    outside = outside_values = 0
+    for _ in range(3):
+        ratio = (slow_logprobs(policy, rollout, 1.0) - old).exp()
+        bound = ratio.clamp(0.9, 1.1)
+        (-torch.minimum(ratio * advantages, bound * advantages).mean()).backward()
+        values, _ = slow_values(critic, rollout, bias, 1.0)
+        near = old_values + (values - old_values).clamp(-0.1, 0.1)
+        (0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2).mean()).backward()
+        outside += int((ratio * advantages > bound * advantages).sum())
+        outside_values += int(((near - returns) ** 2 > (values - returns) ** 2).sum())
+        with torch.no_grad():
+            for parameter in (*policy.parameters(), *critic.parameters()):
+                parameter.sub_(STEP * parameter.grad)
+                parameter.grad = None
+    run_stage(train, config, tmp_path / "ppo")
+    assert outside > 5 and outside_values > 5
+    close(weights(tmp_path / "ppo" / "model"), dict(policy.named_parameters()), rtol=1e-4, atol=1e-5)
+    close(weights(tmp_path / "ppo" / "critic"), dict(critic.named_parameters()), rtol=1e-4, atol=1e-5)
+    [line] = metrics(tmp_path / "ppo")
+    assert line["clip_fraction"] == pytest.approx(outside / (3 * rollout.num_tokens), abs=1e-6)
 
 
 def test_rule_15_running_scaling_comes_before_the_clip(config, tmp_path):
