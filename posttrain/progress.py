@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 # what a person wants to see first; anything else comes after these
 TELLING = (
     "loss",
-    "eval_loss",
+    "validation_loss",
     "pair_accuracy",
-    "accuracy",
+    "validation_accuracy",
+    "gold_score",
     "score",
     "kl",
     "entropy",

@@ -271,9 +271,13 @@ def mean_of_task(model: Judged, tasks: Sequence[str], task: str) -> float:
 
 def judge_reward_model(config: GoldConfig, run: Run) -> dict[str, Any]:
     """Pair accuracy of the reward model on clean labels, and on noisy ones under "noisy"."""
+    import torch
+
     from posttrain.data.chat import Chat
     from posttrain.data.rows import read_rows
     from posttrain.data.tokenized import comparison_trees
+    from posttrain.engine.inference import infer
+    from posttrain.evaluation.pairs import pair_accuracy
     from posttrain.models.loading import load_scalar_model
 
     chat = Chat.load(config.reward_model, config.template)
@@ -283,29 +287,14 @@ def judge_reward_model(config: GoldConfig, run: Run) -> dict[str, Any]:
         limits: dict[str, Any] = {"max_dropped_fraction": config.max_dropped_fraction, "cache": run.cache, "world": run.engine.world}
         trees, kept = comparison_trees(read_rows(data, "comparison"), chat, config.max_length, **limits)
         run.say(f"{data.path}: {kept}")
-        return pair_accuracy(model, trees, run, config.max_tokens_per_micro_batch)
+        scores = torch.stack(infer(run.engine, model, trees, ("scores",), config.max_tokens_per_micro_batch)["scores"])
+        return pair_accuracy(scores.split([tree.num_responses for tree in trees]), trees, run.seed)
 
     result = accuracy(config.comparisons)
     if config.noisy_comparisons.path:
         result["noisy"] = accuracy(config.noisy_comparisons)
     release(model, run)
     return result
-
-
-def pair_accuracy(model: Any, trees: Sequence[Tree], run: Run, max_tokens: int) -> dict[str, Any]:
-    """Share of the non-tied pairs that the model orders as `ranks` do; equal scores are wrong. Prompts are resampled whole."""
-    from posttrain.engine.inference import infer
-    from posttrain.ops import ordered_pairs
-
-    scores = iter(infer(run.engine, model, trees, ("scores",), max_tokens)["scores"])
-    correct, pairs = [], []
-    for tree in trees:
-        own = [float(next(scores)) for _ in range(tree.num_responses)]
-        orders = [own[winner] > own[loser] for winner, loser in ordered_pairs(tree.ranks)]
-        correct.append(float(sum(orders)))
-        pairs.append(float(len(orders)))
-    interval = bootstrap_ratio(correct, pairs, seed=run.seed)
-    return {"pair_accuracy": interval.mean, "ci95": [interval.low, interval.high], "n_pairs": int(sum(pairs)), "n_prompts": interval.n}
 
 
 def release(model: Any, run: Run) -> None:

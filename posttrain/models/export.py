@@ -72,6 +72,8 @@ def _plain_model(hf: Any, weights: dict[str, Tensor], tokenizer: Any, folder: Pa
     _clean(info, folder)
     if plain.can_generate():
         plain.generation_config = copy.deepcopy(hf.generation_config)
+        if tokenizer is not None and tokenizer.eos_token_id is not None:
+            plain.generation_config.eos_token_id = tokenizer.eos_token_id  # what training taught to end with
         # hub models that name a temperature without sampling load with a warning, but refuse to be saved
         try:
             plain.generation_config.validate(strict=True)

@@ -15,7 +15,7 @@ from posttrain.report.gather import PipelineReport, StageReport, gather, interva
 from posttrain.report.settings import settings_table
 from posttrain.report.tables import samples_block, training_samples
 
-TOGETHER = {"loss": ("validation_loss", "eval_loss"), "pair_accuracy": ("validation_accuracy",)}  # drawn in one chart
+TOGETHER = {"loss": ("validation_loss",), "pair_accuracy": ("validation_accuracy",)}  # drawn in one chart
 NOT_DRAWN = ("tokens", "epoch")
 FIRST_CURVES = 9
 

@@ -110,17 +110,12 @@ def ranking_loss(scores: Tensor, micro: Forest, margin: float = 0.0, centering_c
     return torch.stack(losses).sum() if losses else scores.sum() * 0
 
 
-def count_correct(scores: Sequence[Tensor], trees: Sequence[Tree]) -> tuple[int, int]:
-    """(correctly ordered pairs, pairs) from the scores (K,) of each element; equal scores are not correct."""
-    orders = [[bool(s[i] > s[j]) for i, j in ordered_pairs(tree.ranks)] for s, tree in zip(scores, trees)]
-    return sum(map(sum, orders)), sum(map(len, orders))
-
-
 def train(config: RewardModelConfig, run: Run) -> Path:
     """Train on the comparisons, calibrate on held-out rows, export. Returns the model folder."""
     from posttrain.data.chat import Chat
     from posttrain.data.sampler import Sampler
     from posttrain.engine.tally import report
+    from posttrain.evaluation.pairs import correct_pairs, pair_accuracy
     from posttrain.inputs import load_comparisons
     from posttrain.models.loading import CALIBRATION_FILE, load_scalar_model
 
@@ -143,11 +138,12 @@ def train(config: RewardModelConfig, run: Run) -> Path:
             for micro in batch.micro_batches():
                 scores = model.scores(micro)
                 update.backward(ranking_loss(scores, micro, config.margin, config.centering_coef), over=batch.num_trees)
-                seen += torch.tensor(count_correct([scores[part] for _, part in micro.groups], [tree for tree, _ in micro.groups]))
+                for tree, part in micro.groups:
+                    seen += torch.tensor(correct_pairs(scores[part], tree.ranks))
         correct, pairs = engine.world.sum(seen.to(engine.world.device)).tolist()
         metrics = {"loss": math.nan, "pair_accuracy": correct / pairs, **report(update)}
         if held_out and config.evaluate_every and (step + 1) % config.evaluate_every == 0:
-            metrics["validation_accuracy"] = held_out_accuracy(score_trees(model, held_out, run, config), held_out)["pair_accuracy"]
+            metrics["validation_accuracy"] = pair_accuracy(score_trees(model, held_out, run, config), held_out, run.seed)["pair_accuracy"]
         run.log(metrics, tokens=batch.size, optimizer_steps=1)
         run.checkpoint()
 
@@ -163,19 +159,12 @@ def score_trees(model: Any, trees: Sequence[Tree], run: Run, config: RewardModel
     return list(torch.stack(flat).split([tree.num_responses for tree in trees]))
 
 
-def held_out_accuracy(scores: Sequence[Tensor], trees: Sequence[Tree]) -> dict[str, Any]:
-    """Share of held-out pairs in the right order, with a 95 % interval."""
-    from posttrain.evaluation.statistics import wilson_interval
-
-    correct, pairs = count_correct(scores, trees)
-    return {"pair_accuracy": correct / max(1, pairs), "ci95": list(wilson_interval(correct, pairs)), "n_pairs": pairs}
-
-
 def calibrate(model: Any, trees: Sequence[Tree], chat: Chat, config: RewardModelConfig, run: Run) -> Calibration:
     """Measure the trained model: the bias under which demonstrations score 0, and mean and std of held-out scores after it.
 
     Also reports what goes wrong unnoticed: scores that follow the length, and scores of degenerate responses.
     """
+    from posttrain.evaluation.pairs import pair_accuracy
     from posttrain.evaluation.statistics import spearman
     from posttrain.inputs import load_demonstrations
     from posttrain.models.loading import Calibration
@@ -190,7 +179,7 @@ def calibrate(model: Any, trees: Sequence[Tree], chat: Chat, config: RewardModel
     probes = degenerate_probes(trees[:64], chat)
     results = {
         "reward_model": {
-            **held_out_accuracy(scores, trees),
+            **pair_accuracy(scores, trees, run.seed),
             "held_out": bool(config.validation.path),
             "mean": float(flat.mean()),
             "std": float(flat.std()),

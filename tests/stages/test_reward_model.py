@@ -18,9 +18,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from posttrain.config import CheckpointConfig, ModelConfig, OptimizerConfig, replace, to_json
 from posttrain.data.chat import Chat
+from posttrain.evaluation.pairs import pair_accuracy
 from posttrain.models.loading import load_scalar_model, read_calibration
 from posttrain.packing import Tree, forest, segment
-from posttrain.stages.reward_model import RewardModelConfig, bradley_terry, count_correct, degenerate_probes, train
+from posttrain.stages.reward_model import RewardModelConfig, bradley_terry, degenerate_probes, train
 from tests.pairs import ROOT, run_pair
 from tests.runs import LINEAR, close, gradient, logged, metrics, nearly, run_stage, same, weights, write_rows
 from tests.stages.worlds import conversations, rankings
@@ -84,7 +85,8 @@ def test_the_loss_of_two_equal_scores_is_ln_2_and_one_of_only_ties_is_0():
 def test_accuracy_counts_pairs_without_ties_and_equal_scores_as_wrong():
     trees = [comparison(ranks) for ranks in ((0, 1, 2), (0, 0, 1), (1, 0))]
     scores = [torch.tensor([3.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 1.0]), torch.tensor([5.0, 5.0])]
-    assert count_correct(scores, trees) == (2 + 1 + 0, 3 + 2 + 1)
+    result = pair_accuracy(scores, trees, seed=0)
+    assert (result["pair_accuracy"], result["n_pairs"]) == (pytest.approx((2 + 1 + 0) / (3 + 2 + 1)), 6)
 
 
 def comparison(ranks: tuple[int, ...]) -> Tree:

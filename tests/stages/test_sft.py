@@ -242,6 +242,28 @@ def test_text_rows_train_every_token_but_a_windows_first(config, tmp_path):
     close(found, {name: p.grad for name, p in model.named_parameters()}, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize("backend", ("plain", "zero2"))
+def test_rule_14_texts_are_mixed_into_the_same_step(config, tmp_path, backend):
+    """Gradient of the step == grad(conversations) + c grad(texts)."""
+    rows = write_rows(tmp_path / "texts.jsonl", texts(6))
+    config = replace(config, validation=replace(config.validation, path=""), optimizer=LINEAR, batch_size=17)
+    start = weights(Path(config.model.path))
+    only_texts = replace(config, row_type="text", data=rows, max_length=32, batch_size=100)  # the few windows, each equally often
+    windows = sum(len(tiny_tokenizer()(row["text"])["input_ids"]) + 1 for row in texts(6)) // 32 + 1
+    parts = [gradient(start, weights(run_stage(train, part, tmp_path / f"part_{n}"))) for n, part in enumerate((config, only_texts))]
+    both = replace(config, pretraining=rows, ptx_coef=0.7, ptx_batch_size=100, ptx_window=32)
+    assert 100 % windows == 0
+    if backend == "plain":
+        run_stage(train, both, tmp_path / "both")
+    else:
+        stage = "posttrain.stages.sft:train"
+        run_pair(backend, "tests.runs:run_job", stage=stage, config=to_json(both), folder=str(tmp_path / "both"))
+    expected = {name: parts[0][name] + 0.7 * parts[1][name] for name in start}
+    close(gradient(start, weights(tmp_path / "both" / "model")), expected, rtol=1e-4, atol=4e-6)
+    [line], [text_line] = metrics(tmp_path / "both"), metrics(tmp_path / "part_1")
+    assert line["ptx_loss"] == pytest.approx(text_line["loss"], rel=1e-5)
+
+
 # --- the end of training
 
 
@@ -275,7 +297,7 @@ def test_a_run_that_was_stopped_early_stays_stopped(config, tmp_path):
 
 
 def noisy(config: SFTConfig, tmp_path: Path) -> SFTConfig:
-    """Dropout and NEFTune, so that the random numbers have to go on as well; a checkpoint every two steps."""
+    """Dropout and NEFTune, so that the random numbers have to go on as well, and a stream of texts; a checkpoint every two steps."""
     folder = tiny_folder(tmp_path / "gpt2", "gpt2")
     return replace(
         config,
@@ -283,6 +305,10 @@ def noisy(config: SFTConfig, tmp_path: Path) -> SFTConfig:
         epochs=3.0,
         dropout=0.1,
         neftune_alpha=5.0,
+        pretraining=write_rows(tmp_path / "texts.jsonl", texts(9)),
+        ptx_coef=0.5,
+        ptx_batch_size=2,
+        ptx_window=24,
         evaluate_every=4,
         checkpoint=CheckpointConfig(every=2),
     )
