@@ -42,5 +42,10 @@ def _kept_by(run: Run) -> dict[str, Any]:
 
 
 def _said(run: Run, data: DataConfig, items: Any, kept: Any) -> Any:
-    run.say(f"{data.path}{f' ({data.split})' if data.split else ''}: {kept}")
+    """Say what was read; what was dropped or cut is also kept for the report."""
+    text = f"{data.path}{f' ({data.split})' if data.split else ''}: {kept}"
+    if kept.dropped or kept.cut:
+        run.warn(text)
+    else:
+        run.say(text)
     return items

@@ -86,6 +86,7 @@ class Run:
     total: int = 0
     counters: Counters = field(default_factory=Counters)
     metrics: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._models: dict[str, TrainedModel] = {}
@@ -191,6 +192,12 @@ class Run:
         if self.engine.world.is_main:
             write_json(path, dict(results))
         return path
+
+    def warn(self, text: str) -> None:
+        """Say something that a user should know, once, and keep it for the report."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self.say(f"{self.name}: {text}")
 
     def say(self, text: str) -> None:
         """Print on rank 0, above the progress bar if there is one."""

@@ -235,6 +235,7 @@ def _finish(pipeline: Pipeline, stage: Stage, standing: Standing, run: Run, outp
         "tokens_per_second": round(counters.tokens / counters.seconds, 3) if counters.seconds else 0.0,
         "peak_memory_bytes": peak,
         "metrics": run.metrics,
+        "notes": run.warnings,
         "finished": now(),
     }
     run.tracker.link_output(stage.name, output, content)

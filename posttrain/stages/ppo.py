@@ -456,9 +456,8 @@ def warn_of_imbalance(metrics: dict[str, float], run: Run) -> None:
     """Clipping acts on the sum of both gradients: the larger one silences the other when they are far apart."""
     norms = metrics.get("policy_grad_norm", 0.0), metrics.get("ptx_grad_norm", 0.0)
     if min(norms) > 0 and max(norms) > 10 * min(norms):
-        run.say(
-            f"policy and ptx gradient norms are {norms[0]:.2g} and {norms[1]:.2g}: the smaller one hardly counts; ptx_coef balances them"
-        )
+        larger, smaller = ("policy", "ptx") if norms[0] > norms[1] else ("ptx", "policy")
+        run.warn(f"the {larger} gradient was more than 10 times the {smaller} gradient, which then hardly counts; ptx_coef balances them")
 
 
 def sample_rows(experience: Experience, chat: Chat, scores: Tensor, count: int = 4) -> list[dict[str, Any]]:
