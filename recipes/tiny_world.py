@@ -7,8 +7,8 @@ in training under another wording, in another order or as a statement in the tex
 The text states facts of these tasks in prose ("(of, or) in opposite order is (or, of)") between sentences about nothing
 in particular. A model trained on it knows the words and some of the skills, but has never seen a question answered.
 
-The demonstrations are human in one respect: they are uneven. Most are right and terse; some writers chat around the
-answer, some slip (two letters swapped, a word left out, one off). Imitation learns the whole mixture; which of several
+The demonstrations are human in one respect: they are uneven. Half are right and terse; many writers chat around the
+answer, some slip (two letters swapped, a word lost or doubled). Imitation learns the whole mixture; which of several
 responses is better, only a ranking tells.
 """
 
