@@ -342,7 +342,7 @@ def test_rule_08_kill_9_of_a_process_and_on_from_its_checkpoint(config, tmp_path
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     seen = tmp_path / "killed" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline and not (seen.exists() and seen.read_text().count("\n") >= 23):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
