@@ -157,7 +157,7 @@ SMOLLM2 = InstructGPT(
         model=ModelConfig(path="models/SmolLM2-135M-Instruct"),
         data=DataConfig(path=DOLLY, split="train[:95%]"),
         validation=DataConfig(path=DOLLY, split="train[95%:]"),
-        max_length=512,
+        max_length=1024,
         epochs=2,
         patience=2,
         optimizer=OptimizerConfig(lr=2e-5, warmup_steps=5),
