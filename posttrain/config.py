@@ -354,7 +354,9 @@ class CheckpointConfig:
     """When a stage saves what it needs to go on."""
 
     every: int = runtime(0)
-    """Steps between checkpoints; 0 saves at the end and when the run is stopped."""
+    """Steps between checkpoints; 0 goes by `minutes` alone."""
+    minutes: float = runtime(10.0)
+    """A checkpoint is also due when the last one is older than this: what a kill can cost. 0 goes by `every` alone."""
     keep: int = runtime(2)
     """Newest checkpoints kept, the best one beside them."""
     grace_seconds: float = runtime(25.0)
@@ -364,7 +366,8 @@ class CheckpointConfig:
 
     def problems(self) -> list[str]:
         return when(
-            (self.every < 0, f"every={self.every} must not be negative; 0 saves at the end only"),
+            (self.every < 0, f"every={self.every} must not be negative; 0 goes by minutes alone"),
+            (self.minutes < 0, f"minutes={self.minutes} must not be negative; 10 works, 0 goes by every alone"),
             (self.keep < 1, f"keep={self.keep} must be at least 1; 2 survives a damaged checkpoint"),
             (self.grace_seconds <= 0, f"grace_seconds={self.grace_seconds} must be positive; 25 works"),
         )

@@ -18,7 +18,7 @@ class KLController:
         self.coef, self.target, self.horizon = coef, target, horizon
 
     def update(self, kl: float, num_responses: int) -> None:
-        if self.target:
+        if self.target and math.isfinite(kl):
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.coef *= 1 + error * num_responses / self.horizon
 

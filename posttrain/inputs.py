@@ -37,6 +37,12 @@ def load_prompts(run: Run, data: DataConfig, chat: Chat, max_length: int, system
     return _said(run, data, *prompt_ids(rows, chat, max_length, system_prompt, **_kept_by(run)))
 
 
+def check_fits(module: Any, longest: int, what: str) -> None:
+    """Raises ValueError, before the first step, when the longest row is beyond what the model can be trusted with."""
+    if module.longest_row is not None and longest > module.longest_row:
+        raise ValueError(f"{what} come to {longest} tokens; the model can be trusted with {module.longest_row} at most")
+
+
 def _kept_by(run: Run) -> dict[str, Any]:
     return {"cache": run.cache, "world": run.engine.world}
 

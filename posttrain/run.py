@@ -95,6 +95,7 @@ class Run:
         self._start_state: dict[str, Any] = {}
         self._best = Best()
         self._saved_step = -1
+        self._saved_at = time.monotonic()
         self._save_seconds = 0.0
         self._started = self._logged = time.monotonic()
         self._tokens_logged = 0
@@ -209,16 +210,17 @@ class Run:
     def checkpoint(self, score: float | None = None, force: bool = False) -> None:
         """Call at the end of each step. Saves when due, when `score` is the highest so far, and before stopping.
 
-        A checkpoint is due every `checkpoint.every` steps and after the last step. Raises Stopped when the run was asked
-        to stop, after saving.
+        A checkpoint is due every `checkpoint.every` steps, every `checkpoint.minutes`, and after the last step. Raises
+        Stopped when the run was asked to stop, after saving.
         """
         height = -math.inf if score is None or math.isnan(score) else float(score)
         better = height > self._best.score
         if better:
             self._best = Best(self.step, height)
         stopping = self.stopping()
-        every = self.checkpoints.every
-        if force or better or stopping or self.step >= self.total or (every and self.step % every == 0):
+        every, minutes = self.checkpoints.every, self.checkpoints.minutes
+        is_old = self.engine.world.any(0 < minutes * 60 < time.monotonic() - self._saved_at, "asking whether the checkpoint is old")
+        if force or better or stopping or is_old or self.step >= self.total or (every and self.step % every == 0):
             self._save(self.step, self._objects_state())
         if stopping:
             raise self._stopped()
@@ -293,7 +295,7 @@ class Run:
         keep = [self._checkpoint_folder(self._best.step)] if self._best.step >= 0 else []
         self.engine.save(self._checkpoint_folder(step), self._models, state, manifest)
         self.engine.prune(self.folder / "checkpoints", keep=self.checkpoints.keep, also=keep)
-        self._saved_step = step
+        self._saved_step, self._saved_at = step, time.monotonic()
         self._save_seconds = time.monotonic() - began
 
     def _load_state(self, state: dict[str, Any]) -> None:
@@ -326,8 +328,9 @@ class Run:
 
 
 def command_line() -> str:
-    """The command that goes on with this run, as far as a worker process knows it: without --redo, which would begin anew."""
-    words = [word for word in sys.argv if not word.startswith("--redo=")]
+    """The command that goes on with this run, as far as a worker process knows it: without --redo, which would begin
+    anew, and without --restart-optimizer, which would lose the optimizer's state again."""
+    words = [word for word in sys.argv if not word.startswith("--redo=") and word != "--restart-optimizer"]
     while "--redo" in words:
         at = words.index("--redo")
         end = next((i for i in range(at + 1, len(words)) if words[i].startswith("-")), len(words))

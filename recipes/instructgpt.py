@@ -47,27 +47,33 @@ class InstructGPT:
     evaluation: GoldConfig = field(default_factory=GoldConfig)
 
 
+def at(model: ModelConfig, path: str) -> ModelConfig:
+    """A stage's own model settings (dtype, checkpointing, attention) on the output of another stage."""
+    return replace(model, path=path)
+
+
 def build(recipe: InstructGPT) -> Pipeline:
     pipeline = Pipeline("instructgpt", recipe.output_dir, seed=recipe.seed)
     base = recipe.sft.model
     if recipe.pretrain:
         world = pipeline.stage("world", tiny_world.make_world, recipe.world)
-        trained = pipeline.stage("base", sft.train, replace(recipe.pretraining, model=ModelConfig(path=f"{world}/model")))
+        trained = pipeline.stage("base", sft.train, replace(recipe.pretraining, model=at(recipe.pretraining.model, f"{world}/model")))
         base = replace(base, path=trained)
-    policy = replace(base, path=pipeline.stage("sft", sft.train, replace(recipe.sft, model=base)))
+    policy = pipeline.stage("sft", sft.train, replace(recipe.sft, model=base))
 
     judged = recipe.reward_model
     comparisons, noisy = recipe.evaluation.comparisons, recipe.evaluation.noisy_comparisons
     if recipe.rank_own_samples:
-        responses = pipeline.stage("candidates", generate.generate, replace(recipe.candidates, model=policy))
+        responses = pipeline.stage("candidates", generate.generate, replace(recipe.candidates, model=at(recipe.candidates.model, policy)))
         labels = replace(recipe.labels, responses=DataConfig(path=responses))
         folder = pipeline.stage("comparisons", labelling.label, labels)
         noisy, comparisons = DataConfig(path=folder, split="validation"), DataConfig(path=folder, split="validation_clean")
         judged = replace(judged, data=DataConfig(path=folder), validation=noisy)
-    judge = pipeline.stage("reward_model", reward_model.train, replace(judged, model=policy))
+    judge = pipeline.stage("reward_model", reward_model.train, replace(judged, model=at(judged.model, policy)))
 
-    final = pipeline.stage("ppo", ppo.train, replace(recipe.ppo, policy=policy, reward_model=replace(policy, path=judge)))
-    evaluation = replace(recipe.evaluation, models=(base.path, policy.path, final), names=("base", "sft", "ppo"))
+    last = replace(recipe.ppo, policy=at(recipe.ppo.policy, policy), reward_model=at(recipe.ppo.reward_model, judge))
+    final = pipeline.stage("ppo", ppo.train, last)
+    evaluation = replace(recipe.evaluation, models=(base.path, policy, final), names=("base", "sft", "ppo"))
     if comparisons.path:
         evaluation = replace(evaluation, reward_model=judge, comparisons=comparisons, noisy_comparisons=noisy)
     pipeline.stage("evaluation", gold.evaluate, evaluation)
@@ -167,6 +173,7 @@ SMOLLM2 = InstructGPT(
         validation=replace(SOLUTIONS, split="train[90%:]"),
         max_length=512,
         batch_size=16,
+        demonstrations=DataConfig(path=f"{GSM8K}/train.jsonl", split="train[:200]"),
         max_dropped_fraction=0.8,  # where all four solutions are right, or all wrong, nothing is to be learnt
         optimizer=OptimizerConfig(lr=1e-5, warmup_steps=5),
     ),
@@ -204,8 +211,15 @@ LLAMA_8B = InstructGPT(
         epochs=2,
         optimizer=OptimizerConfig(lr=9.65e-6),
     ),
-    reward_model=RewardModelConfig(data=DataConfig(path=HH), validation=DataConfig(path=HH, split="test"), epochs=1),
+    reward_model=RewardModelConfig(
+        model=ModelConfig(gradient_checkpointing=True),
+        data=DataConfig(path=HH),
+        validation=DataConfig(path=HH, split="test"),
+        demonstrations=DataConfig(path="databricks/databricks-dolly-15k", split="train[95%:]"),
+    ),
     ppo=PPOConfig(
+        policy=ModelConfig(gradient_checkpointing=True),
+        reward_model=ModelConfig(gradient_checkpointing=True),
         prompts=DataConfig(path="databricks/databricks-dolly-15k"),
         pretraining=DataConfig(path="HuggingFaceFW/fineweb-edu?name=sample-10BT", limit=200_000),
         sampling=SamplingConfig(max_new_tokens=512),

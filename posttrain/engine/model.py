@@ -106,7 +106,9 @@ class FrozenModel:
             return whole_state(self, getattr(self.module, "hf", self.module), dtype=getattr(self.backend, "dtype", None))
 
     def close(self) -> None:
+        """Let go of the weights, although somebody may still hold this object."""
         self.backend.close()
+        self.backend = None
 
 
 class TrainedModel(FrozenModel):

@@ -238,9 +238,7 @@ class ZeroTrainer:
         masters = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
         for master, value, moments in zip(masters, state["masters"], state["moments"], strict=True):
             master.data.copy_(value)
-            self.zero.optimizer.state[master] = {
-                key: m.to(master.device) if isinstance(m, Tensor) and m.ndim else m for key, m in moments.items()
-            }
+            self.zero.optimizer.state[master] = {key: m.to(master.device) if isinstance(m, Tensor) else m for key, m in moments.items()}
         self.refresh()
 
     def close(self) -> None:

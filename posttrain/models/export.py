@@ -72,14 +72,21 @@ def _plain_model(hf: Any, weights: dict[str, Tensor], tokenizer: Any, folder: Pa
     _clean(info, folder)
     if plain.can_generate():
         plain.generation_config = copy.deepcopy(hf.generation_config)
-        if tokenizer is not None and tokenizer.eos_token_id is not None:
-            plain.generation_config.eos_token_id = tokenizer.eos_token_id  # what training taught to end with
+        plain.generation_config.eos_token_id = _ends(plain.generation_config.eos_token_id, tokenizer)
         # hub models that name a temperature without sampling load with a warning, but refuse to be saved
         try:
             plain.generation_config.validate(strict=True)
         except ValueError:
             plain.generation_config.do_sample = True
     return plain.eval()
+
+
+def _ends(known: int | list[int] | None, tokenizer: Any) -> int | list[int] | None:
+    """The ids that end a generation: the tokenizer's EOS, which training taught, before those that the model came with."""
+    ends = [] if known is None else [known] if isinstance(known, int) else list(known)
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        ends = list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
+    return ends[0] if len(ends) == 1 else ends or None
 
 
 def _clean(info: Mapping[str, Any], folder: Path) -> None:

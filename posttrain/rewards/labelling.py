@@ -95,6 +95,8 @@ def write_comparisons(config: LabelConfig, rows: Sequence[dict[str, Any]], folde
                 tied += name == part
     folder.mkdir(parents=True, exist_ok=True)
     for name, comparisons in files.items():
+        if not comparisons:
+            continue
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in comparisons), encoding="utf-8")
     counts = {name: len(comparisons) for name, comparisons in files.items()}
     mean = total / len(rows)

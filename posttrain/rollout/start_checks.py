@@ -27,6 +27,26 @@ class FirstStep:
         self.is_due = policy.steps == 0
         self._checksum = 0.0
 
+    @property
+    def limit(self) -> float:
+        """Largest mean |log ratio|: the rounding of the dtype that is computed in, whatever the masters are held in."""
+        return 2e-2 if self.policy.backend.dtype == torch.bfloat16 else 1e-4
+
+    def check_rollout(self, sampled: torch.Tensor, old_logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> None:
+        """The log-probabilities (T,) that the sampler drew with, the trainer's and the reference's are one before the first step.
+
+        Raises RuntimeError: the sampler draws from another distribution, or the reference is another model.
+        """
+        if not self.is_due:
+            return
+        for who, logprobs in (("the sampler", sampled), ("the reference", ref_logprobs)):
+            distance = float((logprobs - old_logprobs).abs().mean())
+            if not distance < self.limit:
+                raise RuntimeError(
+                    f"before the first step {who} and {self.policy.name} differ by {distance:.2e} in mean |log-probability|, "
+                    f"not below {self.limit:.0e}: they are not the same distribution"
+                )
+
     def before(self, minibatch: PackedBatch) -> None:
         if not self.is_due:
             return
@@ -36,7 +56,7 @@ class FirstStep:
                 logprobs = self.policy.logprobs(micro, temperature=self.temperature)
                 tally.add({"distance": torch.where(micro.trainable, logprobs - micro["old_logprobs"], 0).abs().sum()})
         distance = tally.total(self.policy.world)["distance"] / minibatch.num_tokens
-        limit = 2e-2 if next(self.policy.module.parameters()).dtype == torch.bfloat16 else 1e-4
+        limit = self.limit
         if not distance < limit:
             raise RuntimeError(
                 f"before the first step {self.policy.name}'s mean |log ratio| to its own samples is {distance:.2e}, not below {limit:.0e}: "

@@ -160,6 +160,11 @@ class PPOConfig:
                 f"critic_warmup_iterations={self.critic_warmup_iterations} must lie in [0, num_iterations={self.num_iterations})",
             ),
             (not 0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} must lie in [0, 1); 0 is off, 0.992 is the paper's"),
+            (
+                self.max_prompt_length + self.sampling.max_new_tokens > self.sampling.max_cached_tokens,
+                f"sampling.max_cached_tokens={self.sampling.max_cached_tokens} is below max_prompt_length + sampling.max_new_tokens; "
+                f"{self.max_prompt_length + self.sampling.max_new_tokens} works",
+            ),
             (self.sampling.temperature <= 0, "sampling.temperature=0 cannot explore; 1 works"),
             (
                 self.max_tokens_per_micro_batch < longest,
@@ -261,7 +266,7 @@ def train(config: PPOConfig, run: Run) -> Path:
     from posttrain.data.chat import Chat
     from posttrain.data.sampler import Sampler
     from posttrain.engine.tally import Tally, UpdateLog
-    from posttrain.inputs import load_prompts, load_texts
+    from posttrain.inputs import check_fits, load_prompts, load_texts
     from posttrain.models.loading import CALIBRATION_FILE, Calibration
     from posttrain.rollout.start_checks import FirstStep
     from posttrain.rollout.trees import minibatches
@@ -276,11 +281,13 @@ def train(config: PPOConfig, run: Run) -> Path:
     kl_control, scale = KLController(config.kl_coef, config.kl_target), RunningScale()
     run.resume({"policy": policy, "critic": critic}, prompts=prompt_order, texts=text_order, kl=kl_control, scale=scale)
     first_step = FirstStep(policy, temperature)
+    check_fits(policy.module, max(map(len, prompts)) + config.sampling.max_new_tokens, "prompts with their responses")
 
     for iteration in run.iterations(config.num_iterations):
         # 1. trajectories: y ~ pi(.|x), then log-probabilities, values and scores under the four models
         rollout = sample_responses(config, run, policy, chat, [prompts[i] for i in prompt_order.take()], iteration)
         experience = annotate(config, run, rollout, policy, reference, critic, reward_model)
+        first_step.check_rollout(torch.cat(rollout.logprobs), experience.logprobs, experience.ref_logprobs)
 
         # 2. rewards: the score at the last token, - kl_coef * KL at every token
         raw = scale(experience.scores) if config.score.scaling == "running" else experience.scores

@@ -116,7 +116,7 @@ def train(config: RewardModelConfig, run: Run) -> Path:
     from posttrain.data.sampler import Sampler
     from posttrain.engine.tally import report
     from posttrain.evaluation.pairs import correct_pairs, pair_accuracy
-    from posttrain.inputs import load_comparisons
+    from posttrain.inputs import check_fits, load_comparisons
     from posttrain.models.loading import CALIBRATION_FILE, load_scalar_model
 
     engine = run.engine
@@ -126,7 +126,9 @@ def train(config: RewardModelConfig, run: Run) -> Path:
     held_out = load_comparisons(run, config.validation, *limits) if config.validation.path else []
     total_steps = max(1, round(config.epochs * len(trees) / config.batch_size))
 
-    module = load_scalar_model(config.model, fresh_head=True, seed=run.seed)
+    check_budget([*trees, *held_out], config)
+    module = load_scalar_model(config.model, fresh_head=True, seed=run.seed, tokenizer=chat.tokenizer)
+    check_fits(module, max(len(tree.root) + max(map(len, tree.children)) for tree in (*trees, *held_out)), "comparisons")
     model = engine.train(module, config.optimizer, total_steps, name="reward_model")
     sampler = Sampler(len(trees), config.batch_size, run.seed)
     run.resume({"reward_model": model}, sampler=sampler)
@@ -149,6 +151,16 @@ def train(config: RewardModelConfig, run: Run) -> Path:
 
     calibration = calibrate(model, held_out or trees, chat, config, run)
     return engine.export(model, run.folder / "model", chat.tokenizer, extra_files={CALIBRATION_FILE: calibration.to_json()})
+
+
+def check_budget(trees: Sequence[Tree], config: RewardModelConfig) -> None:
+    """Raises ValueError naming the largest comparison when it doesn't fit in a row: its pairs need all its scores at once."""
+    largest = max(trees, key=lambda tree: tree.num_tokens)
+    if largest.num_tokens > config.max_tokens_per_micro_batch:
+        raise ValueError(
+            f"max_tokens_per_micro_batch={config.max_tokens_per_micro_batch} is below comparison {largest.index + 1}, whose prompt and "
+            f"{largest.num_responses} responses have {largest.num_tokens} tokens; {largest.num_tokens} works"
+        )
 
 
 def score_trees(model: Any, trees: Sequence[Tree], run: Run, config: RewardModelConfig) -> list[Tensor]:

@@ -142,7 +142,7 @@ def train(config: SFTConfig, run: Run) -> Path:
     from posttrain.data.chat import Chat
     from posttrain.data.sampler import Sampler
     from posttrain.engine.tally import report
-    from posttrain.inputs import load_texts
+    from posttrain.inputs import check_fits, load_texts
     from posttrain.models.loading import load_causal_lm
     from posttrain.models.model import set_dropout
     from posttrain.ops import nll
@@ -156,6 +156,7 @@ def train(config: SFTConfig, run: Run) -> Path:
     evaluate_every = config.evaluate_every or max(1, len(trees) // config.batch_size)
 
     model = load_causal_lm(config.model, chat.tokenizer)
+    check_fits(model, max(tree.num_tokens for tree in (*trees, *held_out, *windows)), "rows")
     model.neftune_alpha = config.neftune_alpha
     set_dropout(model, config.dropout)
     policy = engine.train(model, config.optimizer, total_steps, name="policy")

@@ -232,8 +232,10 @@ def test_only_the_main_rank_writes_and_the_others_wait(chat, tmp_path):
         def __init__(self, is_main: bool) -> None:
             self.is_main = is_main
 
-        def barrier(self, phase: str) -> None:
+        def first_says(self, decide, phase: str):
+            result = decide() if self.is_main else None
             calls.append(f"{'main' if self.is_main else 'other'} {phase}: {len(list(tmp_path.iterdir()))} files")
+            return result
 
     rows = [{"messages": MULTI}]
     expected, _ = demonstration_trees(rows, chat, 1000)

@@ -16,6 +16,8 @@ import time
 from posttrain.engine import World
 world = World.from_launch(hang_minutes=0.05)
 world.barrier("first")
+if world.rank == 1:
+    time.sleep(3)  # outlives the other, whose end it would otherwise bring about
 with world.phase("saving"):
     if world.rank == 0:
         world.sum(1.0, "counting sheep")
