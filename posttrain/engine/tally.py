@@ -39,8 +39,8 @@ def report(update: Update, prefix: str = "") -> dict[str, float]:
     made = 1.0 if update.stepped else math.nan
     numbers = {f"{prefix}{label}_loss" if label != "loss" else f"{prefix}loss": value * made for label, value in update.terms.items()}
     numbers |= {f"{prefix}grad_norm": math.nan if update.grad_norm is None else update.grad_norm, f"{prefix}lr": update.lr}
-    if update.model.skipped_steps:
-        numbers[f"{prefix}skipped_steps"] = float(update.model.skipped_steps)
+    if update.skipped_steps:
+        numbers[f"{prefix}skipped_steps"] = float(update.skipped_steps)
     return numbers | {f"{prefix}{label}_grad_norm": value * made for label, value in update.term_norms.items()}
 
 

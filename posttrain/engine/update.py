@@ -50,6 +50,11 @@ class Update:
                 self._refused = self._refused or f"the loss {label!r} is {total}"
                 backend.poison(value)
 
+    @property
+    def skipped_steps(self) -> int:
+        """The model's refused steps so far, this one included."""
+        return self.model.skipped_steps
+
     def __enter__(self) -> Update:
         assert self.model.module.training, f"{self.model.name} is in evaluation mode; updates belong outside evaluating()"
         return self

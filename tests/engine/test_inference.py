@@ -114,6 +114,7 @@ class Said:
     grad_norm: float | None = 2.0
     lr: float = 0.1
     stepped: bool = True
+    skipped_steps: int = 0
     terms: dict[str, float] = field(default_factory=lambda: {"loss": 4.0})
     term_norms: dict[str, float] = field(default_factory=dict)
 
@@ -121,8 +122,9 @@ class Said:
 def test_rule_13_what_a_refused_update_says_is_no_number():
     good = Said()
     assert report(good) == {"loss": 4.0, "grad_norm": 2.0, "lr": 0.1}  # type: ignore[arg-type]
-    bad = report(Said(grad_norm=None, stepped=False), "critic_")  # type: ignore[arg-type]
+    bad = report(Said(grad_norm=None, stepped=False, skipped_steps=2), "critic_")  # type: ignore[arg-type]
     assert math.isnan(bad["critic_loss"]) and math.isnan(bad["critic_grad_norm"]) and bad["critic_lr"] == 0.1
+    assert bad["critic_skipped_steps"] == 2
 
 
 def test_an_update_log_means_what_several_updates_say():
