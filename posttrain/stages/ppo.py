@@ -272,7 +272,7 @@ def train(config: PPOConfig, run: Run) -> Path:
     from posttrain.rollout.trees import minibatches
 
     engine, budget, temperature = run.engine, config.max_tokens_per_micro_batch, config.sampling.temperature
-    chat = Chat.load(config.policy.path, config.template)
+    chat = Chat.load(config.policy.path, config.template, revision=config.policy.revision)
     prompts = load_prompts(run, config.prompts, chat, config.max_prompt_length, config.sampling.system_prompt)
     windows = load_texts(run, config.pretraining, chat, config.ptx_window) if config.ptx_coef else []
     policy, reference, critic, reward_model = load_models(config, chat, run)

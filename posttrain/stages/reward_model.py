@@ -120,7 +120,7 @@ def train(config: RewardModelConfig, run: Run) -> Path:
     from posttrain.models.loading import CALIBRATION_FILE, load_scalar_model
 
     engine = run.engine
-    chat = Chat.load(config.model.path, config.template)
+    chat = Chat.load(config.model.path, config.template, revision=config.model.revision)
     limits = (chat, config.max_length, config.max_dropped_fraction)
     trees = load_comparisons(run, config.data, *limits)
     held_out = load_comparisons(run, config.validation, *limits) if config.validation.path else []

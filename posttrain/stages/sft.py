@@ -148,7 +148,7 @@ def train(config: SFTConfig, run: Run) -> Path:
     from posttrain.ops import nll
 
     engine, budget = run.engine, config.max_tokens_per_micro_batch
-    chat = Chat.load(config.model.path, config.template)
+    chat = Chat.load(config.model.path, config.template, revision=config.model.revision)
     trees = load_rows(config, config.data, chat, run)
     held_out = load_rows(config, config.validation, chat, run) if config.validation.path else []
     windows = load_texts(run, config.pretraining, chat, config.ptx_window) if config.ptx_coef else []
@@ -225,7 +225,7 @@ def preview(config: SFTConfig) -> str:
     rows = read_rows(replace(config.data, limit=3), config.row_type)
     if config.row_type == "text":
         return "\n\n".join(f"\x1b[32m{row['text']}\x1b[0m" for row in rows)
-    chat = Chat.load(config.model.path, config.template)
+    chat = Chat.load(config.model.path, config.template, revision=config.model.revision)
     pieces = [chat.pieces(row["messages"], row.get("tools")) for row in rows]
     return "\n\n".join("".join(f"\x1b[32m{p.text}\x1b[0m" if p.trained else p.text for p in parts) for parts in pieces)
 
