@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.tiny import tiny_folder
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_recipe_plans_as_it_stands(tmp_path: Path):
+    [code] = re.findall(r"```python\n(.*?)```", README, re.S)
+    (tmp_path / "judge.py").write_text(code)
+    turns = [{"role": "user", "content": "the sum?"}, {"role": "assistant", "content": "seven"}]
+    (tmp_path / "demonstrations.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    (tmp_path / "comparisons.jsonl").write_text(json.dumps({"prompt": "the sum?", "responses": ["seven", "six"]}) + "\n")
+    tiny_folder(tmp_path / "model")
+    command = [sys.executable, "judge.py", "mine", "--plan", "--sft.model.path", "model", "--sft.optimizer.lr", "1e-5"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "optimizer.lr = 1e-05" in result.stdout and result.stdout.count("will run") == 2
+
+
+def test_the_file_tree_has_a_line_for_every_file():
+    tree = README[README.index("## The house") :]
+    for room in ("posttrain", "recipes", "benchmarks"):
+        for path in (ROOT / room).rglob("*.py"):
+            assert path.name == "__init__.py" or re.search(rf"^ *{re.escape(path.name)} ", tree, re.M), path
