@@ -20,10 +20,12 @@ from tests.pairs import ROOT
 
 FILES = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 TELLS = """
+import sys
 from posttrain.engine import Engine
 engine = Engine()
 world = engine.world
-print("told", world.gather((world.rank, world.size, world.backend, world.zero_stage, str(world.device))), flush=True)
+# one write, so that two ranks don't mix their lines
+sys.stdout.write(f"told {world.gather((world.rank, world.size, world.backend, world.zero_stage, str(world.device)))}\\n")
 engine.close()
 """
 
