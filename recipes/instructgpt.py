@@ -166,6 +166,7 @@ SMOLLM2 = InstructGPT(
         max_length=1024,
         epochs=2,
         patience=2,
+        max_tokens_per_micro_batch=2048,
         optimizer=OptimizerConfig(lr=2e-5, warmup_steps=5),
     ),
     reward_model=RewardModelConfig(
@@ -174,6 +175,7 @@ SMOLLM2 = InstructGPT(
         max_length=512,
         batch_size=16,
         demonstrations=DataConfig(path=f"{GSM8K}/train.jsonl", split="train[:200]"),
+        max_tokens_per_micro_batch=2048,
         max_dropped_fraction=0.8,  # where all four solutions are right, or all wrong, nothing is to be learnt
         optimizer=OptimizerConfig(lr=1e-5, warmup_steps=5),
     ),
@@ -187,6 +189,7 @@ SMOLLM2 = InstructGPT(
         ptx_batch_size=16,
         ptx_window=256,
         max_prompt_length=256,
+        max_tokens_per_micro_batch=2048,
         sampling=SamplingConfig(max_new_tokens=192),
         score=ScoreConfig(scaling="calibration"),
         policy_optimizer=OptimizerConfig(lr=2e-6, schedule="constant", warmup_steps=10),
@@ -198,6 +201,7 @@ SMOLLM2 = InstructGPT(
         text=DataConfig(path=DOLLY, format="recipes.gsm8k:passage", split="train[95%:]"),
         max_prompt_length=256,
         max_length=512,
+        max_tokens_per_micro_batch=2048,
     ),
 )
 
