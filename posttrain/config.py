@@ -240,6 +240,37 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """LoRA (arXiv 2106.09685): W x + alpha / rank * B A x with W frozen, B starting at 0."""
+
+    rank: int = 0
+    """Inner dimension of A and B (QLoRA: 64); 0 trains all weights."""
+    alpha: float = 16.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """On the adapter's input; only SFT trains with it on."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers that are adapted, such as ("q_proj", "v_proj"); () is all of them but the heads (QLoRA)."""
+    quantize: str = "none"
+    """none, or nf4: the frozen base is held in 4 bits with double quantisation (QLoRA, arXiv 2305.14314)."""
+    merge: bool = True
+    """Export the adapted weights as a plain model folder; otherwise the adapter alone, which names its base."""
+
+    def problems(self) -> list[str]:
+        return when(
+            (self.rank < 0, f"rank={self.rank} must not be negative; 0 trains all weights, 16 works"),
+            (self.alpha <= 0, f"alpha={self.alpha} must be positive; 16 works"),
+            (not 0 <= self.dropout < 1, f"dropout={self.dropout} must lie in [0, 1); 0 works"),
+            (self.quantize not in ("none", "nf4"), f"quantize={self.quantize!r} must be none or nf4"),
+            (
+                self.quantize != "none" and self.rank == 0,
+                f"quantize={self.quantize!r} needs an adapter, as 4-bit weights can't be trained; rank=64 works",
+            ),
+            (not self.merge and self.rank == 0, "merge=False has no meaning without an adapter; rank=16 works"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Where a model comes from and how it is held."""
 
@@ -253,6 +284,8 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     attention: str = runtime("auto")
     """auto, tree (per-segment SDPA), flex (FlexAttention, CUDA only) or dense (the reference: memory grows with N squared)."""
+    adapter: AdapterConfig = AdapterConfig()
+    """Train a LoRA adapter instead of all weights."""
 
     def problems(self) -> list[str]:
         return when(
