@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,10 @@ class Engine:
         model = FrozenModel(name, frozen(module, self.world), self.world)
         self.models.append(model)
         return model
+
+    def reference(self, policy: TrainedModel, load: Callable[[], nn.Module]) -> FrozenModel:
+        """The weights that the stage starts `policy` from, frozen and named "reference"; `load()` reads them anew."""
+        return self.freeze(load(), name="reference")
 
     def update(self, model: TrainedModel) -> Update:
         """`with engine.update(model) as update:` any number of `update.backward(...)`, then one optimizer step."""
