@@ -136,3 +136,16 @@ def test_what_cannot_be_a_label_config_is_said_at_once():
 
 def test_the_smoke_labeler_counts_characters():
     assert length({}, "four") == 4.0
+
+
+def test_judgements_are_one_row_per_response_and_follow_the_noisy_score(tmp_path):
+    rows = responses(60)
+    settings = {"kind": "judgement", "desirable_from": 2.0, "noise": 0.3, "validation_fraction": 0.25}
+    folder = run_stage(label, config_of(tmp_path, [{**row, "bonus": 0} for row in rows], **settings), tmp_path / "labels")
+    train, validation, clean = (read(folder, name) for name in ("train", "validation", "validation_clean"))
+    assert len(train) + len(validation) == 60 * 4 and len(clean) == len(validation)
+    assert folder.name == "judgements" and read_rows(replace(config_of(tmp_path, rows).responses, path=str(folder)), "judgement")
+    for row in clean:
+        assert row["desirable"] == (apples({}, row["response"]) >= 2) and row["score"] == apples({}, row["response"])
+    flipped = sum(row["desirable"] != (row["score"] >= 2) for row in (*train, *validation))
+    assert 0 < flipped < 0.3 * 240  # a misjudged response may still get a score on its own side
