@@ -76,7 +76,7 @@ def conversation_prompt(row: Row) -> dict[str, Any]:
 
 
 def preference(row: Row) -> dict[str, Any]:
-    """prompt, chosen, rejected: texts, or messages that may repeat the prompt."""
+    """prompt, chosen, rejected: texts, or messages that may repeat the prompt (HuggingFaceH4/ultrafeedback_binarized, *_prefs)."""
     chosen, rejected = row["chosen"], row["rejected"]
     rest = _but(row, "chosen", "rejected")
     if isinstance(chosen, str):
@@ -133,6 +133,17 @@ def sharegpt_preference(row: Row) -> dict[str, Any]:
     return {**_but(row, "conversations", "chosen", "rejected"), "prompt": sharegpt_messages(row["conversations"]), "responses": responses}
 
 
+def labelled_conversation(row: Row) -> dict[str, Any]:
+    """KTO rows as LLaMA-Factory publishes them: messages that end with the assistant's, and a label for that last answer."""
+    *prompt, response = row["messages"]
+    return {**_but(row, "messages", "label"), "prompt": prompt, "response": [response], "desirable": row["label"]}
+
+
+def labelled_completion(row: Row) -> dict[str, Any]:
+    """KTO rows as TRL publishes them (trl-lib/kto-mix-14k): prompt, completion, label; texts or messages."""
+    return {**_but(row, "completion", "label"), "response": row["completion"], "desirable": row["label"]}
+
+
 FORMATS = (
     Format("dolly", "demonstration", ("instruction", "context", "response"), dolly),
     Format("dolly", "prompt", ("instruction", "context"), dolly_prompt),
@@ -143,6 +154,8 @@ FORMATS = (
     Format("sharegpt_preference", "comparison", ("conversations", "chosen", "rejected"), sharegpt_preference),
     Format("preference", "comparison", ("prompt", "chosen", "rejected"), preference),
     Format("hh", "comparison", ("chosen", "rejected"), hh),
+    Format("labelled_conversation", "judgement", ("messages", "label"), labelled_conversation),
+    Format("labelled_completion", "judgement", ("prompt", "completion", "label"), labelled_completion),
 )
 
 

@@ -1,6 +1,6 @@
 """Rows to trees of token segments, with a count of what was cut or dropped and why.
 
-Over-long conversations lose whole turns from their end; over-long comparisons and prompts are dropped whole; rows with
+Over-long conversations lose whole turns from their end; over-long comparisons, judgements and prompts are dropped whole; rows with
 nothing to train on are dropped. All of it is counted, and too much of it is an error: nothing is cut silently.
 Results are kept on disk under a digest of the rows, the chat contract and the limits.
 """
@@ -137,6 +137,32 @@ def comparison_trees(
     `max_tokens` holds for the prompt with its longest response; a longer comparison is dropped whole.
     Raises ValueError naming rows that can't be rendered, and when too many are dropped.
     """
+    return _build("comparisons", rows, chat, _answers(chat, max_tokens), {"max_tokens": max_tokens}, max_dropped_fraction, cache, world)
+
+
+def judgement_trees(
+    rows: Sequence[Row],
+    chat: Chat,
+    max_tokens: int,
+    *,
+    max_dropped_fraction: float = 0.1,
+    cache: Path | None = None,
+    world: Ranks | None = None,
+) -> tuple[list[Tree], Kept]:
+    """The prompt as root and its one response as child, with rank 0 where it is desirable and rank 1 where it is not.
+
+    A row over `max_tokens` is dropped whole. Raises ValueError naming rows that can't be rendered, and when too many are dropped.
+    """
+    answers = _answers(chat, max_tokens)
+
+    def make(chunk: Sequence[Row], start: int) -> Iterator[_Outcome]:
+        return answers([{**row, "responses": [row["response"]], "ranks": [int(not row["desirable"])]} for row in chunk], start)
+
+    return _build("judgements", rows, chat, make, {"max_tokens": max_tokens}, max_dropped_fraction, cache, world)
+
+
+def _answers(chat: Chat, max_tokens: int) -> Callable[[Sequence[Row], int], Iterator[_Outcome]]:
+    """What makes trees of rows with a prompt and its `responses`."""
 
     def split(row: Row) -> list[list[Piece]]:
         prompt, tools = row["prompt"], row.get("tools")
@@ -148,14 +174,14 @@ def comparison_trees(
         # one text per row: only its first piece stands at the beginning of a text
         encoded = chat.encode([[piece for pieces in groups for piece in pieces] for groups in rendered])
         for row, groups, ids in zip(chunk, rendered, encoded):
-            yield _comparison(row, groups, ids, max_tokens)
+            yield _answered(row, groups, ids, max_tokens)
 
-    return _build("comparisons", rows, chat, make, {"max_tokens": max_tokens}, max_dropped_fraction, cache, world)
+    return make
 
 
-def _comparison(row: Row, groups: list[list[Piece]], ids: list[list[int]], max_tokens: int) -> _Outcome:
+def _answered(row: Row, groups: list[list[Piece]], ids: list[list[int]], max_tokens: int) -> _Outcome:
     ranks = tuple(row.get("ranks") or range(len(row["responses"])))
-    if len(set(ranks)) < 2:
+    if len(ranks) > 1 and len(set(ranks)) == 1:
         return _Outcome(None, "tied")
     remaining = iter(ids)
     parts = [[next(remaining) for _ in pieces] for pieces in groups]
@@ -230,7 +256,7 @@ def _window(ids: list[int], index: int) -> Tree:
     return Tree(segment(ids, [False] + [True] * (len(ids) - 1)), index=index)
 
 
-# --- what the four have in common
+# --- what they have in common
 
 
 def _render(chunk: Sequence[Row], start: int, render: Callable[[Row], Any]) -> list[Any]:

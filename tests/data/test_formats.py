@@ -9,7 +9,7 @@ from posttrain.config import DataConfig
 from posttrain.data.chat import Chat
 from posttrain.data.formats import FORMATS, find_format, hh_messages
 from posttrain.data.rows import read_rows
-from posttrain.data.tokenized import comparison_trees, demonstration_trees, prompt_ids
+from posttrain.data.tokenized import comparison_trees, demonstration_trees, judgement_trees, prompt_ids
 from tests.tiny import tiny_tokenizer
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -79,10 +79,38 @@ def from_elsewhere(row: dict) -> dict:
             },
             {"prompt": [{"role": "system", "content": "s"}, user("a")], "responses": [[assistant("b")], [assistant("c")]]},
         ),
+        (
+            "judgement",
+            {"messages": [*THREAD[:3], assistant("d")], "label": False},
+            {"prompt": THREAD[:3], "response": [assistant("d")], "desirable": False},
+        ),
+        (
+            "judgement",
+            {"prompt": [user("a")], "completion": [assistant("b")], "label": True},
+            {"prompt": [user("a")], "response": [assistant("b")], "desirable": True},
+        ),
     ],
 )
 def test_formats_by_hand(kind, row, expected):
     assert convert(kind, row) == expected
+
+
+def test_an_ultrafeedback_row_is_a_comparison(tmp_path):
+    """HuggingFaceH4/ultrafeedback_binarized, split train_prefs: both dialogues repeat the prompt, and beside them stand other columns."""
+    row = {
+        "prompt": "a",
+        "prompt_id": "f0e37e9f7800261167ce91143f98f511f768847236f133f2d0aed60b444ebe57",
+        "chosen": [user("a"), assistant("b")],
+        "rejected": [user("a"), assistant("c")],
+        "messages": [user("a"), assistant("b")],
+        "score_chosen": 7.0,
+        "score_rejected": 6.0,
+    }
+    (tmp_path / "train_prefs.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"rejected": [user("a"), assistant("")]}) + "\n")
+    first, second = read_rows(DataConfig(path=str(tmp_path / "train_prefs.jsonl"), split="train_prefs"), "comparison")
+    assert first["prompt"] == [user("a")] and first["responses"] == [[assistant("b")], [assistant("c")]]
+    assert (first["score_chosen"], first["score_rejected"]) == (7.0, 6.0) and "ranks" not in first
+    assert second["responses"] == [[assistant("b")], [assistant("")]]
 
 
 def test_formats_have_distinct_names_per_kind():
@@ -157,6 +185,19 @@ def test_sharegpt_preference_rows():
     for tree, given in zip(trees, source):
         said = [chat.decode_response(child.input_ids.tolist()) for child in tree.children]
         assert said == [given["chosen"]["value"], given["rejected"]["value"]]
+
+
+@real_data
+def test_labelled_conversations():
+    chat = Chat.load(tiny_tokenizer())
+    rows = read_rows(DataConfig(path=str(DATA / "preference" / "kto_en_demo.json")), "judgement")
+    source = json.loads((DATA / "preference" / "kto_en_demo.json").read_text())
+    assert len(rows) == 200 and sum(row["desirable"] for row in rows) == 102
+    trees, kept = judgement_trees(rows[:50], chat, 100_000)
+    assert kept.kept == 50
+    for tree, given in zip(trees, source):
+        assert chat.decode_response(tree.children[0].input_ids.tolist()) == given["messages"][-1]["content"]
+        assert tree.ranks == ((0,) if given["label"] else (1,))
 
 
 @real_data

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from posttrain.data.chat import Chat
-from posttrain.data.tokenized import Kept, comparison_trees, demonstration_trees, prompt_ids, text_windows
+from posttrain.data.tokenized import Kept, comparison_trees, demonstration_trees, judgement_trees, prompt_ids, text_windows
 from posttrain.packing import Tree
 from tests.data.families import FAMILIES, TOOLS, byte_level, spaced
 from tests.data.test_chat import MULTI, SINGLE, WITH_TOOLS, chats, random_conversation
@@ -134,6 +134,17 @@ def test_ranks_default_to_best_first_and_ties_are_dropped(chat):
     assert tree.ranks == (0, 1) and kept.tied == 1 and kept.indices == (0,)
 
 
+def test_judgements_by_hand(chat):
+    rows = [{"prompt": SINGLE[:1], "response": "seven", "desirable": False}, {"prompt": "a", "response": SINGLE[1:], "desirable": True}]
+    trees, kept = judgement_trees(rows, chat, 1000)
+    assert [tree.root.input_ids.tolist() for tree in trees] == [chat.prompt(row["prompt"]) for row in rows]
+    assert [[child.input_ids.tolist() for child in tree.children] for tree in trees] == [[chat.response(row["response"])] for row in rows]
+    assert [tree.ranks for tree in trees] == [(1,), (0,)] and all(bool(tree.children[0].trainable.all()) for tree in trees)
+    assert (kept.what, kept.kept, kept.tied) == ("judgements", 2, 0)
+    with pytest.raises(ValueError, match="1 dropped as too long"):
+        judgement_trees([*rows, {"prompt": "a", "response": "word " * 300, "desirable": True}], chat, 300)
+
+
 def test_over_long_comparisons_and_prompts_are_dropped_whole(chat):
     rows = [{"prompt": "three and four", "responses": ["seven", "sort these words " * n]} for n in (1, 2, 3)]
     length = len(chat.prompt("three and four")) + len(chat.response("sort these words " * 2))
@@ -194,6 +205,7 @@ def test_a_window_has_two_tokens(chat):
 
 ROWS = {
     demonstration_trees: [{"messages": SINGLE}, {"messages": MULTI}, {"messages": [SINGLE[0]]}],
+    judgement_trees: [{"prompt": "a", "response": "b", "desirable": True}, {"prompt": "c", "response": "d e", "desirable": False}],
     comparison_trees: [{"prompt": "a", "responses": ["b", "c", "d"], "ranks": [1, 0, 1]}, {"prompt": "a", "responses": ["b", "c"]}],
     text_windows: [{"text": "three and four is seven"}] * 3,
 }
