@@ -30,18 +30,20 @@ class KLController:
 
 
 class RunningScale:
-    """Mean and variance of all scores seen (Chan et al. 1979), for `scaling="running"`."""
+    """Mean and variance of all scores seen (Chan et al. 1979), for `scaling="running"`. Scores that aren't finite don't count."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
     def __call__(self, scores: Tensor) -> Tensor:
-        n, mean = len(scores), float(scores.mean())
-        delta, total = mean - self.mean, self.count + n
-        self.squares += float(((scores - mean) ** 2).sum()) + delta * delta * self.count * n / total
-        self.mean += delta * n / total
-        self.count = total
-        return (scores - self.mean) / (math.sqrt(self.squares / total) + 1e-8)
+        seen = scores[scores.isfinite()]
+        if n := len(seen):
+            mean, total = float(seen.mean()), self.count + n
+            delta = mean - self.mean
+            self.squares += float(((seen - mean) ** 2).sum()) + delta * delta * self.count * n / total
+            self.mean += delta * n / total
+            self.count = total
+        return (scores - self.mean) / (math.sqrt(self.squares / max(1, self.count)) + 1e-8)
 
     def state_dict(self) -> dict[str, float]:
         return dict(vars(self))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from posttrain.data.rows import read_rows
-from posttrain.data.tokenized import comparison_trees, demonstration_trees, prompt_ids, text_windows
+from posttrain.data.tokenized import comparison_trees, demonstration_trees, judgement_trees, prompt_ids, text_windows
 
 if TYPE_CHECKING:
     from posttrain.config import DataConfig
@@ -31,10 +32,29 @@ def load_comparisons(run: Run, data: DataConfig, chat: Chat, max_length: int, ma
     return _said(run, data, *comparison_trees(rows, chat, max_length, max_dropped_fraction=max_dropped_fraction, **_kept_by(run)))
 
 
-def load_prompts(run: Run, data: DataConfig, chat: Chat, max_length: int, system_prompt: str) -> list[list[int]]:
-    """Token ids of every prompt, what asks the assistant to speak included."""
+def load_judgements(run: Run, data: DataConfig, chat: Chat, max_length: int, max_dropped_fraction: float) -> list[Tree]:
+    """One tree per judgement: the prompt and its response, ranked 0 where it is desirable and 1 where it is not."""
+    rows = read_rows(data, "judgement")
+    return _said(run, data, *judgement_trees(rows, chat, max_length, max_dropped_fraction=max_dropped_fraction, **_kept_by(run)))
+
+
+def load_prompts(
+    run: Run, data: DataConfig, chat: Chat, max_length: int, system_prompt: str, max_dropped_fraction: float
+) -> tuple[list[dict[str, Any]], list[list[int]]]:
+    """The prompt rows that were kept, with all their columns, and the token ids of each, what asks the assistant to speak included."""
     rows = read_rows(data, "prompt")
-    return _said(run, data, *prompt_ids(rows, chat, max_length, system_prompt, **_kept_by(run)))
+    ids, kept = prompt_ids(rows, chat, max_length, system_prompt, max_dropped_fraction=max_dropped_fraction, **_kept_by(run))
+    return [rows[i] for i in kept.indices], _said(run, data, ids, kept)
+
+
+def check_budget(trees: Sequence[Tree], max_tokens: int, what: str) -> None:
+    """Raises ValueError naming the largest element when it doesn't fit in a row: its loss needs all its responses at once."""
+    largest = max(trees, key=lambda tree: tree.num_tokens)
+    if largest.num_tokens > max_tokens:
+        raise ValueError(
+            f"max_tokens_per_micro_batch={max_tokens} is below {what} {largest.index + 1}, whose prompt and "
+            f"{largest.num_responses} responses have {largest.num_tokens} tokens; {largest.num_tokens} works"
+        )
 
 
 def check_fits(module: Any, longest: int, what: str) -> None:

@@ -17,14 +17,12 @@ def nll(logprobs: Tensor, trainable: Tensor) -> Tensor:
     return -torch.where(trainable, logprobs, 0).sum()
 
 
-def whiten(values: Tensor, *, shift_mean: bool = True) -> Tensor:
-    """Scale `values (T,)` to variance 1, and shift them to mean 0 unless `shift_mean` is off.
+def whiten(values: Tensor) -> Tensor:
+    """Shift `values (T,)` to mean 0 and scale them to variance 1.
 
     The biased variance plus 1e-8 under the root, so that constant values give 0 and not NaN.
     """
-    mean = values.mean()
-    whitened = (values - mean) * torch.rsqrt(values.var(correction=0) + 1e-8)
-    return whitened if shift_mean else whitened + mean
+    return (values - values.mean()) * torch.rsqrt(values.var(correction=0) + 1e-8)
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -84,12 +85,15 @@ def sample(
     decode: Callable[[list[int]], str] | None = None,
     progress: Callable[[SamplingProgress], None] | None = None,
     interrupted: Callable[[], bool] | None = None,
+    on_response: Callable[[int, list[int]], None] | None = None,
 ) -> Rollout:
     """Sample `samples_per_prompt` responses to each of the GLOBAL `prompts` with an engine's model; every rank gets all of them.
 
     A response ends at any of `stop_ids`, or where its text (`decode` of its last tokens) contains one of `config.stop`.
     The random key of prompt p is (seed, iteration, first_prompt + p, sample): sampling a list in chunks changes nothing.
     At temperature 0 the likeliest token is taken and log-probabilities are those at temperature 1.
+    `on_response(b, tokens)` is called on the rank that samples response b (its place in the rollout), as soon as it has ended,
+    so that scoring it goes on beside the sampling of the others.
     Every rank must call it. Raises ValueError on prompts that are empty or don't fit, alike on every rank.
     """
     asked = [list(prompt) for prompt in prompts]
@@ -106,6 +110,8 @@ def sample(
         for wave in waves(mine, lengths, config):
             keys = [(seed, iteration, first_prompt + prompt, number) for prompt, number in wave]
             decoder = Decoder(model.module, [asked[p] for p, _ in wave], [p for p, _ in wave], keys, config, world.device)
+            if on_response is not None:
+                decoder.tell = partial(_tell, on_response, [prompt * samples_per_prompt + number for prompt, number in wave])
             stopped = not decoder.run(ends, meter, interrupted)
             sampled += decoder.responses
             if stopped:
@@ -124,6 +130,10 @@ def sample(
         logprobs=[torch.from_numpy(logprobs) for _, _, logprobs, _ in everything],
         finished=[finished for *_, finished in everything],
     )
+
+
+def _tell(on_response: Callable[[int, list[int]], None], places: list[int], row: int, tokens: list[int]) -> None:
+    on_response(places[row], tokens)
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], config: SamplingConfig, longest_row: int | None) -> None:
@@ -254,6 +264,7 @@ class Decoder:
         self.uniforms = torch.from_numpy(np.stack([uniforms(key, config.max_new_tokens) for key in keys])).to(device)
         self.cache = DecodeCache([len(prompt) for prompt in prompts], config.max_new_tokens, device)
         self.device = device
+        self.tell: Callable[[int, list[int]], None] | None = None  # called with a row and its tokens when it has ended
 
     def run(self, ends: Ending, meter: _Meter, interrupted: Callable[[], bool] | None = None) -> bool:
         """Sample until every response has ended. False when it was interrupted."""
@@ -309,6 +320,8 @@ class Decoder:
             response.logprobs.append(logprob)
             response.finished = ends(response.tokens)
             alive.append(not response.finished)
+            if self.tell is not None and (response.finished or len(response.tokens) == self.config.max_new_tokens):
+                self.tell(row, response.tokens)
         meter.step([self.responses[row] for row in self.rows])
         return alive
 

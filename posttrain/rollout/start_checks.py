@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +11,8 @@ from posttrain.engine.tally import Tally
 if TYPE_CHECKING:
     from posttrain.engine.model import TrainedModel
     from posttrain.packing import PackedBatch
+
+PIECE = 2**22
 
 
 class FirstStep:
@@ -75,8 +76,9 @@ class FirstStep:
 
     def _weights(self) -> float:
         """A number that changes when the master weights do."""
-        return self.policy.world.sum(sum(_moment(self.policy.backend.masters())))
+        return self.policy.world.sum(sum(map(_size, self.policy.backend.masters())))
 
 
-def _moment(tensors: Iterable[torch.Tensor]) -> Iterable[float]:
-    return (float(t.double().abs().sum()) for t in tensors)
+def _size(weights: torch.Tensor) -> float:
+    """Sum of absolute values in fp64, a piece at a time: the masters may be one flat tensor of billions."""
+    return sum(float(piece.double().abs().sum()) for piece in weights.flatten().split(PIECE))

@@ -19,6 +19,7 @@ reading), the reference is the policy that the stage started from, and there is 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,12 +31,13 @@ from torch import Tensor
 
 from posttrain.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, SamplingConfig, runtime, runtime_factory, when
 from posttrain.controllers import KLController, RunningScale
-from posttrain.ops import kl_k1, kl_k3, nll, sum_by_length, whiten
+from posttrain.ops import kl_k1, nll, sum_by_length, whiten
+from posttrain.rollout.settings import mixing_problems, rollout_problems
 
 if TYPE_CHECKING:
     from posttrain.data.chat import Chat
     from posttrain.engine.model import FrozenModel, TrainedModel
-    from posttrain.rollout.local import Rollout
+    from posttrain.models.model import PackedModel
     from posttrain.run import Run
 
 VERSION = 1
@@ -117,6 +119,8 @@ class PPOConfig:
     """Chat template: auto (the model's own, proven), raw (contents only), or a jinja file."""
     max_prompt_length: int = 1024
     """Longer prompts are dropped whole."""
+    max_dropped_fraction: float = 0.1
+    """Largest share of prompts that may be dropped."""
     ptx_window: int = 1024
     """Tokens per text window."""
     max_tokens_per_micro_batch: int = runtime(8192)
@@ -129,26 +133,8 @@ class PPOConfig:
         return self.num_epochs * (self.rollout_batch_size // self.minibatch_size)
 
     def problems(self) -> list[str]:
-        longest = max(self.max_prompt_length + self.sampling.max_new_tokens, self.ptx_window if self.ptx_coef else 0)
-        divisors = [n for n in range(1, max(1, self.rollout_batch_size) + 1) if self.rollout_batch_size % n == 0]
-        nearest = min(divisors, key=lambda n: abs(n - self.minibatch_size))
-        return when(
-            (not self.policy.path, "policy.path is empty; a model folder, a hub id or '@stage' works"),
+        own = when(
             (not self.reward_model.path, "reward_model.path is empty; a reward-model folder or '@stage' works"),
-            (not self.prompts.path, "prompts.path is empty; a file, a hub id, 'package.module:generator' or '@stage' works"),
-            (
-                self.ptx_coef > 0 and not self.pretraining.path,
-                f"ptx_coef={self.ptx_coef} needs text rows in pretraining.path; ptx_coef=0 is plain PPO",
-            ),
-            (self.ptx_coef < 0, f"ptx_coef={self.ptx_coef} must not be negative; 0 is plain PPO"),
-            (self.ptx_batch_size < 1, f"ptx_batch_size={self.ptx_batch_size} must be at least 1"),
-            (self.num_iterations < 1, f"num_iterations={self.num_iterations} must be at least 1"),
-            (self.rollout_batch_size < 1, f"rollout_batch_size={self.rollout_batch_size} must be at least 1; 512 works"),
-            (
-                self.minibatch_size < 1 or self.rollout_batch_size % self.minibatch_size != 0,
-                f"minibatch_size={self.minibatch_size} must divide rollout_batch_size={self.rollout_batch_size}; {nearest} works",
-            ),
-            (self.num_epochs < 1, f"num_epochs={self.num_epochs} must be at least 1"),
             (self.kl_coef < 0, f"kl_coef={self.kl_coef} must not be negative; 0 is off"),
             (self.kl_target < 0, f"kl_target={self.kl_target} must not be negative; 0 keeps kl_coef fixed"),
             (not 0 < self.gamma <= 1, f"gamma={self.gamma} must lie in (0, 1]; 1 works"),
@@ -159,18 +145,8 @@ class PPOConfig:
                 not 0 <= self.critic_warmup_iterations < self.num_iterations,
                 f"critic_warmup_iterations={self.critic_warmup_iterations} must lie in [0, num_iterations={self.num_iterations})",
             ),
-            (not 0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} must lie in [0, 1); 0 is off, 0.992 is the paper's"),
-            (
-                self.max_prompt_length + self.sampling.max_new_tokens > self.sampling.max_cached_tokens,
-                f"sampling.max_cached_tokens={self.sampling.max_cached_tokens} is below max_prompt_length + sampling.max_new_tokens; "
-                f"{self.max_prompt_length + self.sampling.max_new_tokens} works",
-            ),
-            (self.sampling.temperature <= 0, "sampling.temperature=0 cannot explore; 1 works"),
-            (
-                self.max_tokens_per_micro_batch < longest,
-                f"max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} is below the longest row, {longest} tokens; {longest} works",
-            ),
         )
+        return rollout_problems(self) + mixing_problems(self) + own
 
 
 # --- one equation each
@@ -239,41 +215,34 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(R - V) / Var(R); 1 is a perfect critic, 0 is one that knows only the mean."""
-    spread = returns.var(correction=0)
-    return float(1 - (returns - values).var(correction=0) / spread) if spread > 0 else 0.0
+    """1 - Var(R - V) / Var(R); 1 is a perfect critic, 0 is one that knows only the mean. NaN where a number isn't finite."""
+    spread, left = returns.var(correction=0), (returns - values).var(correction=0)
+    if not (spread + left).isfinite():
+        return math.nan
+    return float(1 - left / spread) if spread > 0 else 0.0
 
 
 # --- the loop
-
-
-@dataclass(eq=False)
-class Experience:
-    """What one rollout of B responses and T response tokens is worth; per-token tensors hold the responses one after another."""
-
-    rollout: Rollout
-    lengths: list[int]  # B response lengths in tokens, summing to T
-    finished: Tensor  # (B,) bool, ended by itself
-    scores: Tensor  # (B,) reward model, calibrated
-    logprobs: Tensor  # (T,) log pi_old at the sampling temperature, as the trainer computes it
-    ref_logprobs: Tensor  # (T,)
-    entropy: Tensor  # (T,) of the distribution that each token was drawn from
-    values: Tensor  # (T,) V(state before the token)
 
 
 def train(config: PPOConfig, run: Run) -> Path:
     """Train the policy and its critic against the reward model. Returns the policy's folder; the critic's is beside it."""
     from posttrain.data.chat import Chat
     from posttrain.data.sampler import Sampler
+    from posttrain.engine.inference import infer
     from posttrain.engine.tally import Tally, UpdateLog
     from posttrain.inputs import check_fits, load_prompts, load_texts
     from posttrain.models.loading import CALIBRATION_FILE, Calibration
+    from posttrain.rollout.diagnostics import rollout_summary, sample_rows, update_summary
+    from posttrain.rollout.experience import annotate, sample_responses
     from posttrain.rollout.start_checks import FirstStep
-    from posttrain.rollout.trees import minibatches
+    from posttrain.rollout.trees import minibatches, response_trees
 
     engine, budget, temperature = run.engine, config.max_tokens_per_micro_batch, config.sampling.temperature
     chat = Chat.load(config.policy.path, config.template, revision=config.policy.revision)
-    prompts = load_prompts(run, config.prompts, chat, config.max_prompt_length, config.sampling.system_prompt)
+    _, prompts = load_prompts(
+        run, config.prompts, chat, config.max_prompt_length, config.sampling.system_prompt, config.max_dropped_fraction
+    )
     windows = load_texts(run, config.pretraining, chat, config.ptx_window) if config.ptx_coef else []
     policy, reference, critic, reward_model = load_models(config, chat, run)
     prompt_order = Sampler(len(prompts), config.rollout_batch_size, run.seed)
@@ -285,20 +254,22 @@ def train(config: PPOConfig, run: Run) -> Path:
 
     for iteration in run.iterations(config.num_iterations):
         # 1. trajectories: y ~ pi(.|x), then log-probabilities, values and scores under the four models
-        rollout = sample_responses(config, run, policy, chat, [prompts[i] for i in prompt_order.take()], iteration)
-        experience = annotate(config, run, rollout, policy, reference, critic, reward_model)
+        rollout = sample_responses(run, policy, chat, [prompts[i] for i in prompt_order.take()], config.sampling, iteration)
+        experience = annotate(run, rollout, policy, reference, budget, temperature)
         first_step.check_rollout(torch.cat(rollout.logprobs), experience.logprobs, experience.ref_logprobs)
+        judged = torch.stack(infer(engine, reward_model, response_trees(rollout), ("scores",), budget)["scores"])  # (B,)
+        old_values = torch.cat(infer(engine, critic, response_trees(rollout), ("values",), budget)["values"])  # (T,)
 
         # 2. rewards: the score at the last token, - kl_coef * KL at every token
-        raw = scale(experience.scores) if config.score.scaling == "running" else experience.scores
+        raw = scale(judged) if config.score.scaling == "running" else judged
         scores = shape_scores(raw, experience.finished, config.score.clip, config.score.missing_eos_score)
         rewards = shape_rewards(scores, experience.logprobs, experience.ref_logprobs, experience.lengths, kl_control.coef)
 
         # 3. advantages; the returns keep their scale
-        advantages, returns = gae(rewards, experience.values, experience.lengths, config.gamma, config.lam)
+        advantages, returns = gae(rewards, old_values, experience.lengths, config.gamma, config.lam)
         fields = {
             "old_logprobs": experience.logprobs,
-            "old_values": experience.values,
+            "old_values": old_values,
             "advantages": whiten(advantages) if config.whiten_advantages else advantages,
             "returns": returns,
         }
@@ -320,6 +291,7 @@ def train(config: PPOConfig, run: Run) -> Path:
                         loss = nll(policy.logprobs(micro), micro.trainable)
                         update.backward(loss, over=text.num_tokens, weight=config.ptx_coef, label="ptx")
                 first_step.after(update.grad_norm, update.lr, update.stepped)
+                tally.settle(update.stepped)
                 log.add(update)
                 tokens += text.size + minibatch.size
             with engine.update(critic) as update:
@@ -332,14 +304,13 @@ def train(config: PPOConfig, run: Run) -> Path:
             run.heed_stop(seconds_left=(time.monotonic() - began) / done * (config.updates_per_iteration - done))
 
         # 5. what happened
-        metrics = summary(experience, scores, rewards, returns) | log.means() | per_token(tally.total(engine.world))
-        metrics["kl_coef"] = kl_control.coef
-        if "ptx_loss" in metrics:  # as a mean over tokens, without its weight
-            metrics["ptx_loss"] /= config.ptx_coef
-        warn_of_imbalance(metrics, run)
+        metrics = rollout_summary(experience) | update_summary(log, tally, config.ptx_coef, run)
+        metrics |= {"score": float(judged.mean()), "shaped_score": float(scores.mean()), "kl_coef": kl_control.coef}
+        metrics["reward"] = float(sum_by_length(rewards, experience.lengths).mean())
+        metrics["value_explained_variance"] = explained_variance(old_values, returns)
         kl_control.update(metrics["kl"], len(scores))
-        run.log(metrics, tokens=tokens, optimizer_steps=config.updates_per_iteration)
-        run.samples(sample_rows(experience, chat, scores))
+        run.log(metrics, tokens=tokens, optimizer_steps=log.steps)
+        run.samples(sample_rows(experience, chat, {"score": scores}))
         run.checkpoint()
 
     shift, spread = critic.module.calibration
@@ -354,133 +325,46 @@ def load_models(config: PPOConfig, chat: Chat, run: Run) -> tuple[TrainedModel, 
     Raises ValueError when the reward model reads other tokens than the policy writes.
     """
     from posttrain.data.chat import Chat
-    from posttrain.models.loading import load_causal_lm, load_scalar_model, read_calibration
+    from posttrain.models.loading import load_causal_lm, load_scalar_model
 
     if Chat.load(config.reward_model.path, config.template).digest != chat.digest:
         raise ValueError(
             f"reward_model.path={config.reward_model.path!r} has another tokenizer or template than policy.path={config.policy.path!r}; "
             "a reward model that started from this policy's SFT model works"
         )
-    engine = run.engine
+    shift, spread = score_scale(config)
+    engine, bases = run.engine, (config.policy, chat.tokenizer)
     policy_updates = (config.num_iterations - config.critic_warmup_iterations) * config.updates_per_iteration
     critic_updates = config.num_iterations * config.updates_per_iteration
-    starting_policy, reference = (load_causal_lm(config.policy, chat.tokenizer) for _ in range(2))
-    starting_critic, scorer = (load_scalar_model(config.reward_model, fresh_head=False, seed=run.seed) for _ in range(2))
-    if config.score.scaling == "calibration":
-        # the critic predicts scores, so it starts on their scale
-        stored = read_calibration(config.reward_model.path)
-        scorer.calibration = starting_critic.calibration = (stored.bias, stored.std)
-    return (
-        engine.train(starting_policy, config.policy_optimizer, policy_updates, name="policy", ema_decay=config.ema_decay),
-        engine.freeze(reference, name="reference"),
-        engine.train(starting_critic, config.critic_optimizer, critic_updates, name="critic"),
-        engine.freeze(scorer, name="reward_model"),
-    )
+
+    def judge() -> PackedModel:
+        module = load_scalar_model(config.reward_model, fresh_head=False, seed=run.seed)
+        module.calibration = shift, spread
+        return module
+
+    # each is handed over before the next one is read: under ZeRO-3 only one of them is ever whole
+    policy = engine.train(load_causal_lm(*bases), config.policy_optimizer, policy_updates, name="policy", ema_decay=config.ema_decay)
+    reference = engine.reference(policy, lambda: load_causal_lm(*bases))
+    critic = engine.train(judge(), config.critic_optimizer, critic_updates, name="critic")
+    return policy, reference, critic, engine.freeze(judge(), name="reward_model")
 
 
-def sample_responses(config: PPOConfig, run: Run, policy: TrainedModel, chat: Chat, prompts: list[list[int]], iteration: int) -> Rollout:
-    """One response to each prompt. Ends the run in good order when it is asked to stop while sampling."""
-    from posttrain.rollout.local import SamplingInterrupted, sample
+def score_scale(config: PPOConfig) -> tuple[float, float]:
+    """What is subtracted from the reward model's raw score, and what it is divided by; the critic predicts on the same scale.
 
-    try:
-        rollout = sample(
-            policy,
-            prompts,
-            config.sampling,
-            world=run.engine.world,
-            seed=run.seed,
-            iteration=iteration,
-            stop_ids=chat.end_of_turn_ids,
-            decode=chat.decode_response,
-            interrupted=run.stop_requested,
+    Raises ValueError naming the folder when the scores are to be divided by a spread that isn't one.
+    """
+    from posttrain.models.loading import read_calibration
+
+    stored = read_calibration(config.reward_model.path)
+    if config.score.scaling != "calibration":
+        return stored.bias, 1.0
+    if not 0 < stored.std < math.inf:
+        raise ValueError(
+            f"score.scaling='calibration' divides by the std of held-out scores, which is {stored.std} in {config.reward_model.path!r}; "
+            "scaling='running' works, or a reward model that tells its held-out responses apart"
         )
-    except SamplingInterrupted:
-        run.heed_stop()
-        raise
-    run.heed_stop()
-    return rollout
-
-
-def annotate(
-    config: PPOConfig,
-    run: Run,
-    rollout: Rollout,
-    policy: TrainedModel,
-    reference: FrozenModel,
-    critic: TrainedModel,
-    reward_model: FrozenModel,
-) -> Experience:
-    """Log-probabilities, entropies, values and scores of a rollout, alike on every rank."""
-    from posttrain.engine.inference import infer
-    from posttrain.rollout.trees import response_trees
-
-    trees = response_trees(rollout)
-
-    def under(model: Any, *want: str) -> dict[str, list[Tensor]]:
-        return infer(run.engine, model, trees, want, config.max_tokens_per_micro_batch, temperature=config.sampling.temperature)
-
-    old = under(policy, "logprobs", "entropy")
-    return Experience(
-        rollout=rollout,
-        lengths=[len(response) for response in rollout.responses],
-        finished=torch.tensor(rollout.finished),
-        scores=torch.stack(under(reward_model, "scores")["scores"]),
-        logprobs=torch.cat(old["logprobs"]),
-        ref_logprobs=torch.cat(under(reference, "logprobs")["logprobs"]),
-        entropy=torch.cat(old["entropy"]),
-        values=torch.cat(under(critic, "values")["values"]),
-    )
-
-
-# --- what is said about an iteration
-
-
-def summary(experience: Experience, scores: Tensor, rewards: Tensor, returns: Tensor) -> dict[str, float]:
-    """The rollout's diagnostics: means over responses (score, reward, kl in nats, length) or over tokens (entropy)."""
-    lengths = experience.lengths
-    kl = sum_by_length(kl_k1(experience.logprobs, experience.ref_logprobs), lengths)
-    k3 = sum_by_length(kl_k3(experience.logprobs, experience.ref_logprobs), lengths)
-    return {
-        "score": float(experience.scores.mean()),
-        "shaped_score": float(scores.mean()),
-        "reward": float(sum_by_length(rewards, lengths).mean()),
-        "kl": float(kl.mean()),
-        "kl_k3": float(k3.mean()),
-        "entropy": float(experience.entropy.mean()),
-        "response_length": sum(lengths) / len(lengths),
-        "share_finished": float(experience.finished.float().mean()),
-        "value_explained_variance": explained_variance(experience.values, returns),
-    }
-
-
-def per_token(totals: dict[str, float]) -> dict[str, float]:
-    """Means over tokens from sums and their count."""
-    tokens = totals.pop("tokens", 0.0)
-    return {name: total / tokens for name, total in totals.items()}
-
-
-def warn_of_imbalance(metrics: dict[str, float], run: Run) -> None:
-    """Clipping acts on the sum of both gradients: the larger one silences the other when they are far apart."""
-    norms = metrics.get("policy_grad_norm", 0.0), metrics.get("ptx_grad_norm", 0.0)
-    if min(norms) > 0 and max(norms) > 10 * min(norms):
-        larger, smaller = ("policy", "ptx") if norms[0] > norms[1] else ("ptx", "policy")
-        run.warn(f"the {larger} gradient was more than 10 times the {smaller} gradient, which then hardly counts; ptx_coef balances them")
-
-
-def sample_rows(experience: Experience, chat: Chat, scores: Tensor, count: int = 4) -> list[dict[str, Any]]:
-    """The first responses of an iteration, for people to read."""
-    rollout = experience.rollout
-    kl = sum_by_length(kl_k1(experience.logprobs, experience.ref_logprobs), experience.lengths)
-    return [
-        {
-            "prompt": chat.decode(rollout.prompts[int(rollout.prompt_of[i])]),
-            "response": chat.decode_response(rollout.responses[i]),
-            "score": float(scores[i]),
-            "kl": float(kl[i]),
-            "finished": rollout.finished[i],
-        }
-        for i in range(min(count, len(rollout.responses)))
-    ]
+    return stored.bias, stored.std
 
 
 def plan(config: PPOConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,6 +112,7 @@ def test_responses_are_numbered_over_all_trees():
 class Said:
     """What an update leaves behind."""
 
+    model: Any = field(default_factory=lambda: SimpleNamespace(name="policy"))
     grad_norm: float | None = 2.0
     lr: float = 0.1
     stepped: bool = True
@@ -131,7 +133,32 @@ def test_an_update_log_means_what_several_updates_say():
     log = UpdateLog()
     for n in range(3):
         log.add(Said(terms={"policy": float(n), "ptx": 1.0}, term_norms={"policy": 1.0, "ptx": 4.0}))  # type: ignore[arg-type]
-    log.add(Said(terms={"loss": 7.0}), "critic_")  # type: ignore[arg-type]
+    critic = SimpleNamespace(name="critic")
+    log.add(Said(model=critic, terms={"loss": 7.0}), "critic_")  # type: ignore[arg-type]
     means = log.means()
     assert means["policy_loss"] == 1.0 and means["ptx_loss"] == 1.0 and means["ptx_grad_norm"] == 4.0
     assert means["critic_loss"] == 7.0 and means["critic_grad_norm"] == means["grad_norm"] == 2.0
+    assert log.steps == 3 and log.warnings() == []
+
+
+def test_rule_13_refused_updates_are_counted_and_left_out_of_the_means():
+    log = UpdateLog()
+    log.add(Said(terms={"policy": 3.0}))  # type: ignore[arg-type]
+    log.add(Said(terms={"policy": 9.0}, grad_norm=None, stepped=False, skipped_steps=4))  # type: ignore[arg-type]
+    assert log.means() == {"policy_loss": 3.0, "grad_norm": 2.0, "lr": 0.1, "skipped_steps": 4.0} and log.steps == 1
+    assert log.warnings()[0].startswith("1 of 2 updates of policy were refused")
+    none = UpdateLog()
+    none.add(Said(grad_norm=None, stepped=False, skipped_steps=1))  # type: ignore[arg-type]
+    assert math.isnan(none.means()["loss"]) and math.isnan(none.means()["grad_norm"]) and none.steps == 0
+
+
+def test_rule_13_what_a_refused_update_tallied_is_forgotten():
+    engine = Engine()
+    tally = Tally()
+    tally.add({"tokens": 3})
+    tally.settle(True)
+    tally.add({"tokens": math.nan})
+    tally.settle(False)
+    tally.add({"tokens": 4})
+    assert tally.total(engine.world) == {"tokens": 7.0} and tally.total(engine.world) == {}
+    engine.close()

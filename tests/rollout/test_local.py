@@ -119,6 +119,21 @@ def test_rule_03_a_finished_response_has_one_end_and_a_truncated_one_has_none():
         assert finished or len(response) == 12
 
 
+def test_every_response_is_told_once_as_soon_as_it_has_ended():
+    told: dict[int, list[int]] = {}
+    order = []
+
+    def hear(b: int, tokens: list[int]) -> None:
+        assert b not in told
+        told[b] = list(tokens)
+        order.append(len(tokens))
+
+    config = SamplingConfig(max_new_tokens=12, max_cached_tokens=100)  # several waves
+    rollout = run(frozen(), some_prompts(10), config, samples_per_prompt=3, on_response=hear)
+    assert [told[b] for b in range(30)] == rollout.responses
+    assert any(a > b for a, b in pairwise(order)) and any(a < b for a, b in pairwise(order))
+
+
 def test_a_response_does_not_depend_on_its_neighbours_or_its_wave():
     model, prompts = frozen(), some_prompts(12)
     config = SamplingConfig(max_new_tokens=25)

@@ -25,7 +25,7 @@ from posttrain.rollout.local import Rollout, sample
 from posttrain.rollout.start_checks import FirstStep
 from posttrain.rollout.trees import response_trees
 from posttrain.run import Stopped
-from posttrain.stages.ppo import PPOConfig, ScoreConfig, train
+from posttrain.stages.ppo import PPOConfig, ScoreConfig, policy_loss, train
 from tests.pairs import BACKENDS, run_pair
 from tests.runs import LINEAR, STEP, close, logged, metrics, nearly, open_run, reward_folder, run_stage, same, weights, write_rows
 from tests.stages.test_ppo_equations import slow_gae
@@ -283,6 +283,39 @@ def test_rule_01_nothing_depends_on_the_micro_batches(config, tmp_path):
     for budget in (72, 131):
         found = run_stage(train, replace(config, max_tokens_per_micro_batch=budget), tmp_path / f"rows_of_{budget}")
         alike(found.parent, expected.parent)
+
+
+def test_rule_13_an_update_that_is_refused_is_told_and_left_out(config, tmp_path, monkeypatch, capsys):
+    """The loss of the second of four updates isn't finite: three steps are made and counted, and their means are logged."""
+    config, calls = several(config, ptx_coef=0.0, max_tokens_per_micro_batch=4096), []
+
+    def now_and_then(*args: Any) -> Any:
+        calls.append(args)
+        loss, stats = policy_loss(*args)
+        return (loss * math.nan, {name: x * math.nan for name, x in stats.items()}) if len(calls) == 2 else (loss, stats)
+
+    monkeypatch.setattr("posttrain.stages.ppo.policy_loss", now_and_then)
+    with open_run(tmp_path / "ppo", checkpoint=CheckpointConfig()) as run:
+        train(config, run)
+        assert run.counters.optimizer_steps == 3 and len(run.warnings) == 1
+    [line] = metrics(tmp_path / "ppo")
+    assert line["skipped_steps"] == 1 and all(math.isfinite(line[name]) for name in ("policy_loss", "grad_norm", "ratio", "clip_fraction"))
+    assert "1 of 4 updates of policy were refused" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("std", (0.0, math.nan))
+def test_calibration_needs_a_spread(config, tmp_path, std):
+    judge = reward_folder(tmp_path / "flat", calibration=Calibration(std=std))
+    config = replace(config, reward_model=ModelConfig(path=str(judge)), score=ScoreConfig(scaling="calibration"))
+    with pytest.raises(ValueError, match=rf"which is {std} in '.*flat'; scaling='running' works"):
+        run_stage(train, config, tmp_path / "ppo")
+    assert not (tmp_path / "ppo" / "metrics.jsonl").exists() or not metrics(tmp_path / "ppo")
+
+
+def test_too_many_prompts_that_are_too_long_stop_the_run(config, tmp_path):
+    with pytest.raises(ValueError, match=r"above max_dropped_fraction=0\.2"):
+        run_stage(train, replace(config, max_prompt_length=20, max_dropped_fraction=0.2), tmp_path / "ppo")
+    run_stage(train, replace(config, max_prompt_length=20, max_dropped_fraction=0.9), tmp_path / "ppo")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -122,6 +122,14 @@ def test_explained_variance_of_a_perfect_a_constant_and_a_wrong_critic():
     assert explained_variance(returns, torch.ones(T)) == 0.0
 
 
+def test_rule_13_explained_variance_of_what_is_not_finite_is_no_number():
+    returns = numbers(11, T)
+    for bad in (math.nan, math.inf):
+        broken = returns.clone()
+        broken[3] = bad
+        assert math.isnan(explained_variance(broken, returns)) and math.isnan(explained_variance(returns, broken))
+
+
 def test_every_response_is_in_one_minibatch_of_every_epoch():
     lengths = [3, 1, 4, 2, 5, 2]
     rollout = Rollout(

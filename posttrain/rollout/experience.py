@@ -1,0 +1,89 @@
+"""From prompts to what an update learns from: responses, and what policy and reference say about them before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from posttrain.config import SamplingConfig
+    from posttrain.data.chat import Chat
+    from posttrain.engine.model import FrozenModel, TrainedModel
+    from posttrain.rollout.local import Rollout
+    from posttrain.run import Run
+
+
+@dataclass(frozen=True, eq=False)
+class Experience:
+    """A rollout of B responses and T response tokens, alike on every rank; per-token tensors hold the responses one after another."""
+
+    rollout: Rollout
+    lengths: list[int]  # B response lengths in tokens, summing to T
+    finished: Tensor  # (B,) bool, ended by itself
+    logprobs: Tensor  # (T,) log pi_old at the sampling temperature, as the trainer computes it
+    ref_logprobs: Tensor  # (T,), or (0,) where there is no reference
+    entropy: Tensor  # (T,) of the distribution that each token was drawn from
+
+
+def sample_responses(
+    run: Run,
+    policy: TrainedModel,
+    chat: Chat,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    iteration: int,
+    *,
+    samples_per_prompt: int = 1,
+    first_prompt: int = 0,
+    on_response: Callable[[int, list[int]], None] | None = None,
+) -> Rollout:
+    """Responses to the prompts of an iteration. Ends the run in good order when it is asked to stop while sampling.
+
+    `first_prompt` is how many prompts of this iteration were sampled before: no two share their random numbers.
+    """
+    from posttrain.rollout.local import SamplingInterrupted, sample
+
+    try:
+        rollout = sample(
+            policy,
+            prompts,
+            sampling,
+            world=run.engine.world,
+            seed=run.seed,
+            iteration=iteration,
+            samples_per_prompt=samples_per_prompt,
+            first_prompt=first_prompt,
+            stop_ids=chat.end_of_turn_ids,
+            decode=chat.decode_response,
+            interrupted=run.stop_requested,
+            on_response=on_response,
+        )
+    except SamplingInterrupted:
+        run.heed_stop()
+        raise
+    run.heed_stop()
+    return rollout
+
+
+def annotate(
+    run: Run, rollout: Rollout, policy: TrainedModel, reference: FrozenModel | None, max_tokens: int, temperature: float
+) -> Experience:
+    """Log-probabilities of a rollout under the policy and the reference, and the policy's entropies, alike on every rank."""
+    from posttrain.engine.inference import infer
+    from posttrain.rollout.trees import response_trees
+
+    trees = response_trees(rollout)
+    old = infer(run.engine, policy, trees, ("logprobs", "entropy"), max_tokens, temperature=temperature)
+    ref = infer(run.engine, reference, trees, ("logprobs",), max_tokens, temperature=temperature)["logprobs"] if reference else []
+    return Experience(
+        rollout=rollout,
+        lengths=[len(response) for response in rollout.responses],
+        finished=torch.tensor(rollout.finished),
+        logprobs=torch.cat(old["logprobs"]),
+        ref_logprobs=torch.cat(ref) if ref else torch.zeros(0),
+        entropy=torch.cat(old["entropy"]),
+    )

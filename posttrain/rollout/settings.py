@@ -1,0 +1,55 @@
+"""What can be wrong with the settings that PPO and GRPO share: how much is sampled and how it is cut, and the mixed-in rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from posttrain.config import when
+
+
+def rollout_problems(config: Any) -> list[str]:
+    """Problems of `policy`, `prompts`, `sampling`, of the sizes and of the budget of a stage that samples and learns from it."""
+    sampled = config.max_prompt_length + config.sampling.max_new_tokens
+    longest = max(sampled, config.ptx_window if config.ptx_coef else 0)
+    divisors = [n for n in range(1, max(1, config.rollout_batch_size) + 1) if config.rollout_batch_size % n == 0]
+    nearest = min(divisors, key=lambda n: abs(n - config.minibatch_size))
+    return when(
+        (not config.policy.path, "policy.path is empty; a model folder, a hub id or '@stage' works"),
+        (not config.prompts.path, "prompts.path is empty; a file, a hub id, 'package.module:generator' or '@stage' works"),
+        (config.num_iterations < 1, f"num_iterations={config.num_iterations} must be at least 1"),
+        (config.rollout_batch_size < 1, f"rollout_batch_size={config.rollout_batch_size} must be at least 1; 512 works"),
+        (
+            config.minibatch_size < 1 or config.rollout_batch_size % config.minibatch_size != 0,
+            f"minibatch_size={config.minibatch_size} must divide rollout_batch_size={config.rollout_batch_size}; {nearest} works",
+        ),
+        (config.num_epochs < 1, f"num_epochs={config.num_epochs} must be at least 1"),
+        (not 0 <= config.ema_decay < 1, f"ema_decay={config.ema_decay} must lie in [0, 1); 0 is off, 0.992 is InstructGPT's"),
+        (config.max_prompt_length < 1, f"max_prompt_length={config.max_prompt_length} must be at least 1; 1024 works"),
+        (
+            not 0 <= config.max_dropped_fraction <= 1,
+            f"max_dropped_fraction={config.max_dropped_fraction} must lie in [0, 1]; 0.1 works",
+        ),
+        (
+            sampled > config.sampling.max_cached_tokens,
+            f"sampling.max_cached_tokens={config.sampling.max_cached_tokens} is below max_prompt_length + sampling.max_new_tokens; "
+            f"{sampled} works",
+        ),
+        (config.sampling.temperature <= 0, "sampling.temperature=0 cannot explore; 1 works"),
+        (
+            config.max_tokens_per_micro_batch < longest,
+            f"max_tokens_per_micro_batch={config.max_tokens_per_micro_batch} is below the longest row, {longest} tokens; {longest} works",
+        ),
+    )
+
+
+def mixing_problems(config: Any) -> list[str]:
+    """Problems of the rows that are mixed into the same optimizer step: `pretraining`, `ptx_coef` and its sizes."""
+    return when(
+        (
+            config.ptx_coef > 0 and not config.pretraining.path,
+            f"ptx_coef={config.ptx_coef} needs rows in pretraining.path; ptx_coef=0 mixes nothing in",
+        ),
+        (config.ptx_coef < 0, f"ptx_coef={config.ptx_coef} must not be negative; 0 mixes nothing in"),
+        (config.ptx_batch_size < 1, f"ptx_batch_size={config.ptx_batch_size} must be at least 1"),
+        (config.ptx_window < 2, f"ptx_window={config.ptx_window} must be at least 2; 1024 works"),
+    )
