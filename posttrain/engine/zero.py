@@ -9,6 +9,7 @@ covered by a test, and pyproject.toml bounds the version.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -28,6 +29,8 @@ def load_deepspeed() -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that torch renames, and says so at every call
+    warnings.filterwarnings("ignore", message=".*`torch.distributed.*is deprecated", category=FutureWarning)
     return deepspeed
 
 
