@@ -116,12 +116,14 @@ class Rewards:
     # --- one thread per worker
 
     def _serve(self, worker: Worker) -> None:
-        while batch := self._take():
-            try:
+        batch: list[Task] = []
+        try:
+            if not worker.process:
+                worker.start()
+            while batch := self._take():
                 self._judge(worker, batch)
-            except UnavailableError as error:
-                self._give_back(batch, str(error))
-                break
+        except UnavailableError as error:
+            self._give_back(batch, str(error))
         worker.kill()
 
     def _take(self) -> list[Task]:
@@ -131,7 +133,7 @@ class Rewards:
                 self._work.wait()
             if self._closing:
                 return []
-            fair = 1 + len(self._waiting) // len(self._workers)
+            fair = -(-len(self._waiting) // len(self._workers))
             return [self._waiting.popleft() for _ in range(min(LARGEST_BATCH, fair, len(self._waiting)))]
 
     def _judge(self, worker: Worker, batch: list[Task]) -> None:

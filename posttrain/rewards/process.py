@@ -43,7 +43,7 @@ def environment() -> dict[str, str]:
 
 
 class Worker:
-    """One worker process at a time, started when it is first asked; used by one thread, but for `end`."""
+    """One worker process at a time; used by one thread, but for `end`."""
 
     def __init__(self, config: RewardsConfig) -> None:
         self.config = config

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -108,8 +109,8 @@ def about_the_process(row: dict[str, Any], response: str) -> float:
     assert "torch" not in sys.modules and "transformers" not in sys.modules
     assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_USE_CPU"} & os.environ.keys()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and sys.stdin.read() == ""
-    inherited = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if int(name) > 2]
-    assert sum(link.startswith("socket:") for link in inherited) == 1, inherited
+    inherited = [stat.S_ISSOCK(os.fstat(number).st_mode) for number in range(3, 256) if os.path.exists(f"/proc/self/fd/{number}")]
+    assert sum(inherited) == 1, "it holds more than the socket to its parent"
     return float(os.getppid() == STARTED_BY)
 
 
