@@ -20,6 +20,7 @@ FLOORS = {
     "__main__": 3,
     "run": 2,
     "inputs": 2,
+    "reference": 2,
     "estimates": 2,
     "chat_terminal": 2,
     "engine": 1,

@@ -1,4 +1,4 @@
-"""Trees on disk: one flat file of tokens, written whole or not at all."""
+"""Tensors on disk, written whole or not at all; trees are one flat file of tokens."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from posttrain.packing import Segment, Tree
 
 
 def save_trees(path: Path, trees: Sequence[Tree], notes: Mapping[str, Any]) -> None:
-    """Write trees and JSON notes to `path`, by way of a temporary file beside it."""
+    """Write trees and JSON notes to `path`."""
     parts = [part for tree in trees for part in tree.segments]
     empty = torch.zeros(0, dtype=torch.int64)
     arrays = {
@@ -27,11 +28,16 @@ def save_trees(path: Path, trees: Sequence[Tree], notes: Mapping[str, Any]) -> N
         "segments": torch.tensor([len(tree.segments) for tree in trees], dtype=torch.int64),
         "ranks": torch.tensor([rank for tree in trees for rank in tree.ranks], dtype=torch.int64),
     }
+    save_arrays(path, arrays, {"notes": json.dumps(dict(notes))})
+
+
+def save_arrays(path: Path, arrays: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors to a safetensors file, whole or not at all: a temporary file beside it, then a rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     os.close(handle)
     try:
-        save_file(arrays, name, metadata={"notes": json.dumps(dict(notes))})
+        save_file(dict(arrays), name, metadata=dict(metadata))
         with open(name, "rb") as file:
             os.fsync(file.fileno())
         os.replace(name, path)
