@@ -28,6 +28,7 @@ __all__ = [
     "did_you_mean",
     "from_json",
     "gather_problems",
+    "has_type_problems",
     "is_runtime",
     "replace",
     "resolve",
@@ -128,7 +129,7 @@ def gather_problems(config: Any, where: str = "") -> list[str]:
     for name, hint in type_hints(cls).items():
         found += _type_problems(getattr(config, name), hint, f"{prefix}{name}")
         found += _nested_problems(getattr(config, name), f"{prefix}{name}")
-    if not found or not _has_type_problems(config):
+    if not found or not has_type_problems(config):
         found += [f"{prefix}{text}" for text in getattr(config, "problems", list)()]
     return found
 
@@ -139,13 +140,14 @@ def _nested_problems(value: Any, name: str) -> list[str]:
     return gather_problems(value, name) if is_dataclass(value) and not isinstance(value, type) else []
 
 
-def _has_type_problems(value: Any) -> bool:
+def has_type_problems(value: Any) -> bool:
+    """Whether a config, or one in it, has a field of another type than it was declared with: then nothing else can be asked of it."""
     if isinstance(value, tuple):
-        return any(map(_has_type_problems, value))
+        return any(map(has_type_problems, value))
     if not is_dataclass(value):
         return False
     hints = type_hints(typing.cast(Any, type(value)))
-    return any(_type_problems(getattr(value, n), hint, n) or _has_type_problems(getattr(value, n)) for n, hint in hints.items())
+    return any(_type_problems(getattr(value, n), hint, n) or has_type_problems(getattr(value, n)) for n, hint in hints.items())
 
 
 # --- JSON

@@ -13,9 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from posttrain.config import DataConfig
+from posttrain.config import DataConfig, ModelConfig
 
 SAMPLE = 256
+LARGEST = 32  # rows that are looked at for their size, the longest by characters
+READ_BYTES = 200e6  # what is read in a few seconds
 BYTES_TRAINED = 16  # fp32 weight, gradient and Adam's two moments
 EFFICIENCY = 0.4  # share of the matrix product's speed that a whole training step reaches, measured on small models
 
@@ -33,6 +35,42 @@ def rows_and_tokens(data: DataConfig, kind: str, model_path: str) -> dict[str, A
     lengths = [len(e.ids) for e in tokenizer.encode_batch(texts)] if tokenizer else [len(text) / 4 for text in texts]
     how = f"from {len(sample)} rows" if tokenizer else f"4 characters a token, from {len(sample)} rows"
     return {"rows": len(rows), "tokens": round(sum(lengths) / len(lengths) * len(rows)), "tokens are": f"a guess, {how}"}
+
+
+def oversize(data: DataConfig, model: ModelConfig, template: str, max_length: int, max_tokens: int) -> list[str]:
+    """A problem for the comparison of a source that has more tokens, with all its responses, than one packed row; else [].
+
+    Exact for the longest rows by characters of a local source; what isn't known in seconds (hub data, gigabytes, a model
+    that isn't here yet) is left to the stage, which looks at every row before it loads a model.
+    """
+    path, tokenizer = Path(data.path).expanduser(), _tokenizer(model.path)
+    if not data.path or tokenizer is None or not path.exists() or _bytes(path) > READ_BYTES:
+        return []
+    from posttrain.data.rows import read_rows
+
+    rows = read_rows(data, "comparison")
+    longest = sorted(range(len(rows)), key=lambda i: -sum(map(len, _texts(rows[i]))))[:LARGEST]
+    bare = [len(e.ids) for e in tokenizer.encode_batch(["".join(_texts(rows[i])) for i in longest])]
+    # a template adds some tokens to each response; only what comes near the limit is worth importing transformers for
+    near = [i for i, tokens in zip(longest, bare) if 1.1 * tokens + 32 * (1 + len(rows[i]["responses"])) > max_tokens]
+    if not near:
+        return []
+    from posttrain.data.chat import Chat
+
+    chat = Chat.load(model.path, template, revision=model.revision)
+    sizes = {}
+    for i in near:
+        prompt = len(chat.prompt(rows[i]["prompt"], tools=rows[i].get("tools")))
+        responses = [len(chat.response(response)) for response in rows[i]["responses"]]
+        if prompt + max(responses) <= max_length:  # else it is dropped
+            sizes[i] = prompt + sum(responses)
+    worst = max(sizes, key=lambda i: sizes[i], default=-1)
+    if worst < 0 or sizes[worst] <= max_tokens:
+        return []
+    return [
+        f"max_tokens_per_micro_batch={max_tokens} is below row {worst + 1} of {data.path}, whose prompt and "
+        f"{len(rows[worst]['responses'])} responses have {sizes[worst]} tokens; {sizes[worst]} works"
+    ]
 
 
 def training_cost(model_path: str, tokens: Any, *, trained_models: int = 1, frozen_models: int = 0) -> dict[str, Any]:
@@ -80,6 +118,10 @@ def _header_parameters(file: Path) -> int:
                 count *= length
             total += count
     return total
+
+
+def _bytes(path: Path) -> int:
+    return sum(part.stat().st_size for part in path.rglob("*") if part.is_file()) if path.is_dir() else path.stat().st_size
 
 
 def _tokenizer(model_path: str) -> Any:

@@ -18,7 +18,7 @@ def test_the_readmes_recipe_plans_as_it_stands(tmp_path: Path):
     turns = [{"role": "user", "content": "the sum?"}, {"role": "assistant", "content": "seven"}]
     (tmp_path / "demonstrations.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     (tmp_path / "comparisons.jsonl").write_text(json.dumps({"prompt": "the sum?", "responses": ["seven", "six"]}) + "\n")
-    tiny_folder(tmp_path / "model")
+    tiny_folder(tmp_path / "model", max_position_embeddings=2048)  # the context that the default lengths ask for
     command = [sys.executable, "judge.py", "mine", "--plan", "--sft.model.path", "model", "--sft.optimizer.lr", "1e-5"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.config import DataConfig, ModelConfig, did_you_mean, gather_problems, resolve
+from posttrain.config import DataConfig, ModelConfig, did_you_mean, gather_problems, has_type_problems, resolve
 from posttrain.pipeline.identity import FUNCTION, Contents, data_content, model_content
+from posttrain.pipeline.needs import model_problems, stand_ins
 from posttrain.pipeline.pipeline import HANDLE, STAGE_NAME, Pipeline, Stage, nodes, with_outputs
 
 
@@ -33,34 +34,49 @@ def _indent(text: str) -> str:
 def pipeline_problems(pipeline: Pipeline, contents: Contents, outputs: Mapping[str, Path]) -> list[str]:
     """Problems of the declaration, of every stage's config, between stages, of their inputs, and of the launch.
 
-    `outputs` are the outputs of finished stages: a stage's own `check(config)` sees their paths.
+    `outputs` are the outputs of finished stages.
     """
     found = _launch_problems()
     counts = Counter(stage.name for stage in pipeline.stages)
     found += [f"stage {name!r} is declared {count} times; each needs its own name" for name, count in counts.items() if count > 1]
     found += [] if pipeline.stages else ["the pipeline has no stages"]
+    unreadable: set[str] = set()
+    told: dict[str, str] = {}
+    by_stage: list[list[str]] = []
     for place, stage in enumerate(pipeline.stages):
         earlier = [other.name for other in pipeline.stages[:place]]
         own = _declaration_problems(stage)
         if not own:
             own = gather_problems(stage.config, stage.name)
             own += _handle_problems(stage, earlier, list(counts))
-            own += _source_problems(stage.config, stage.name, contents)
-        if not own:  # a stage's own check reads files, which makes sense once the rest is right
-            own = _own_check(stage, outputs)
-        found += own
+            own += _source_problems(stage.config, stage.name, contents, unreadable, told)
+        by_stage.append(own)
+    for stage, own in zip(pipeline.stages, by_stage):
+        if not own:
+            own += file_problems(pipeline, stage, outputs, unreadable)
+        elif is_dataclass(stage.config) and not has_type_problems(stage.config):
+            own += model_problems(pipeline.stages, stage, outputs, unreadable)
+    return found + [text for own in by_stage for text in own]
+
+
+def file_problems(pipeline: Pipeline, stage: Stage, outputs: Mapping[str, Path], unreadable: Collection[str] = ()) -> list[str]:
+    """What is wrong between a stage and its models, and what its companion `check(config)` finds in the files that it reads."""
+    found = model_problems(pipeline.stages, stage, outputs, unreadable)
+    check = stage.companion("check")
+    if check and not found:
+        config = with_outputs(stage.config, {**stand_ins(pipeline.stages, outputs), **outputs})
+        try:
+            found = [f"{stage.name}.{text}" for text in check(config)]
+        except ValueError as error:  # a file that cannot be read is one more problem, not the end of the list
+            found = [f"{stage.name}: {error}"]
     return found
 
 
-def _own_check(stage: Stage, outputs: Mapping[str, Path]) -> list[str]:
-    """What the stage's companion `check(config)` finds in the files that it reads."""
-    check = stage.companion("check")
-    if check is None:
-        return []
-    try:
-        return [f"{stage.name}: {text}" for text in check(with_outputs(stage.config, outputs))]
-    except ValueError as error:  # a file that cannot be read is one more problem, not the end of the list
-        return [f"{stage.name}: {error}"]
+def remaining_problems(pipeline: Pipeline, name: str, outputs: Mapping[str, Path]) -> list[str]:
+    """What the files of the stages that have finished show to be wrong with stage `name`, or between models and later stages."""
+    place = next(n for n, stage in enumerate(pipeline.stages) if stage.name == name)
+    later = [text for stage in pipeline.stages[place + 1 :] for text in model_problems(pipeline.stages, stage, outputs)]
+    return file_problems(pipeline, pipeline.stages[place], outputs) + later
 
 
 def _launch_problems() -> list[str]:
@@ -104,21 +120,40 @@ def _handle_problems(stage: Stage, earlier: list[str], declared: list[str]) -> l
     return found
 
 
-def _source_problems(config: Any, where: str, contents: Contents) -> list[str]:
-    """Models and data that can't be found, functions that can't be imported."""
+def _source_problems(config: Any, where: str, contents: Contents, unreadable: set[str], told: dict[str, str]) -> list[str]:
+    """Models and data that can't be found, functions that can't be imported.
+
+    Paths of models go to `unreadable`. What is wrong with a source that several stages read is said once, for the field in `told`.
+    """
     found = []
     for name, value in nodes(config, where):
         try:
-            if isinstance(value, DataConfig) and not HANDLE.fullmatch(value.path):
-                data_content(value, contents)
+            if isinstance(value, DataConfig) and value.path:
+                _check_names(value)
+                _ = HANDLE.fullmatch(value.path) or data_content(value, contents)
             elif isinstance(value, ModelConfig) and not HANDLE.fullmatch(value.path):
                 model_content(value, contents)
             elif isinstance(value, str) and "." in value and FUNCTION.fullmatch(value) and not name.endswith(".path"):
                 resolve(value)
         except ValueError as error:
             field = f"{name}.path" if isinstance(value, DataConfig | ModelConfig) else name
-            found.append(f"{field}: {error}")
+            first = told.setdefault(str(error), field)
+            found.append(f"{field}: {error}" if first == field else f"{field}: as {first}")
+            unreadable |= {value.path} if isinstance(value, ModelConfig) else set()
     return found
+
+
+def _check_names(data: DataConfig) -> None:
+    """Raises ValueError for a split or a format that can't be, which a look at the rows would only find out later."""
+    from posttrain.data.formats import FORMATS
+    from posttrain.data.sources import files_of_split, split_of
+
+    split, _, _ = split_of(data.split)
+    if Path(data.path).expanduser().is_dir():
+        files_of_split(Path(data.path).expanduser(), split)
+    names = {known.name for known in FORMATS}
+    if data.format and ":" not in data.format and data.format not in names:
+        raise ValueError(f"format={data.format!r} is no known format{did_you_mean(data.format, names)}")
 
 
 def describe_inputs(config: Any) -> str:

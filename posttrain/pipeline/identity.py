@@ -150,14 +150,13 @@ def hub_commit(name: str, revision: str) -> str:
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     reference = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "refs" / revision
     if reference.exists():
         return reference.read_text().strip()
     try:
         return str(HfApi().model_info(name, revision=revision, timeout=10).sha)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+    except Exception as error:  # its network library's errors have no common name
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{name!r} ({revision}) is no folder, not in {constants.HF_HUB_CACHE}, and not to be had: {reason}") from None
 

@@ -59,9 +59,10 @@ class Pipeline:
         """Declare a stage. Returns its handle, "@name", for the configs of later stages; "@name/file" is a file in its output.
 
         `function` is a module-level function `(config, run) -> Path`; `config` a frozen dataclass. Its module may have
-        companions that take the config: `check -> list[str]` (problems in the files that it names), `plan -> dict` (numbers
-        for --plan), `preview -> str` (for --preview and preview.txt) and `smoke -> config` (the stage in small). In the config
-        that they see, handles of finished stages are paths, the others are still handles.
+        companions that take the config: `uses -> list[ModelUse]` (what is asked of its models), `check -> list[str]` (problems
+        in the files that it names), `plan -> dict` (numbers for --plan), `preview -> str` (for --preview and preview.txt) and
+        `smoke -> config` (the stage in small). In the config that they see, handles of finished stages are paths, the others
+        are still handles; only for `check`, the model that a stage starts from stands in for the one that it will make.
         """
         self.stages.append(Stage(name=name, function=function, config=config))
         return f"@{name}"

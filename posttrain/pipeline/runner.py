@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.config import CheckpointConfig, did_you_mean, to_json
 from posttrain.pipeline import standing as standings
-from posttrain.pipeline.check import Refused, pipeline_problems
+from posttrain.pipeline.check import Refused, pipeline_problems, remaining_problems
 from posttrain.pipeline.identity import FUNCTION_OF_STAGE, Contents, sha256
 from posttrain.pipeline.memory import peak_bytes, reset_peak
 from posttrain.pipeline.pipeline import Pipeline, Stage, with_outputs
@@ -91,7 +91,11 @@ def _run_or_skip(pipeline: Pipeline, name: str, world: World, restart_optimizer:
     def decide() -> tuple[Standing, dict[str, Path]]:
         found = survey(pipeline)  # anew: the stages before it have finished by now
         standings.refuse_changed(found, [name])
-        return found[name], standings.outputs_of(pipeline, found)
+        outputs = standings.outputs_of(pipeline, found)
+        problems = [] if found[name].state == DONE else remaining_problems(pipeline, name, outputs)
+        if problems:
+            raise Refused(f"{name} was not begun; from what has run it shows that this cannot work:", problems)
+        return found[name], outputs
 
     _stop_between_stages(name, world)
     standing, outputs = world.first_says(decide, f"deciding about {name}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config import DataConfig, ModelConfig, SamplingConfig, runtime, when
+from posttrain.models.described import ModelUse
 
 if TYPE_CHECKING:
     from posttrain.data.chat import Chat
@@ -140,6 +141,12 @@ def summary(rollout: Rollout) -> dict[str, float]:
     """Mean response length in tokens and the share of responses that ended by themselves."""
     count = len(rollout.responses)
     return {"response_length": rollout.num_tokens / count, "finished": sum(rollout.finished) / count}
+
+
+def uses(config: GenerateConfig) -> list[ModelUse]:
+    """What is asked of the model, for the check before anything is loaded."""
+    longest = {"max_prompt_length": config.max_prompt_length, "sampling.max_new_tokens": config.sampling.max_new_tokens}
+    return [ModelUse(field="model", model=config.model, template=config.template, rows=(longest,))]
 
 
 def smoke(config: GenerateConfig) -> GenerateConfig:

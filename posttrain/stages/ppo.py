@@ -31,6 +31,7 @@ from torch import Tensor
 
 from posttrain.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, SamplingConfig, runtime, runtime_factory, when
 from posttrain.controllers import KLController, RunningScale
+from posttrain.models.described import CAUSAL, REWARD, ModelUse
 from posttrain.ops import kl_k1, nll, sum_by_length, whiten
 from posttrain.rollout.settings import mixing_problems, rollout_problems
 
@@ -247,6 +248,7 @@ def train(config: PPOConfig, run: Run) -> Path:
     policy, reference, critic, reward_model = load_models(config, chat, run)
     prompt_order = Sampler(len(prompts), config.rollout_batch_size, run.seed)
     text_order = Sampler(max(1, len(windows)), config.ptx_batch_size, run.seed + 1)
+    updates_per_epoch = config.rollout_batch_size // config.minibatch_size
     kl_control, scale = KLController(config.kl_coef, config.kl_target), RunningScale()
     run.resume({"policy": policy, "critic": critic}, prompts=prompt_order, texts=text_order, kl=kl_control, scale=scale)
     first_step = FirstStep(policy, temperature)
@@ -276,7 +278,7 @@ def train(config: PPOConfig, run: Run) -> Path:
 
         # 4. epochs of minibatches: exactly ONE optimizer step of the policy, and one of the critic, per minibatch
         tally, log, began, done, tokens = Tally(), UpdateLog(), time.monotonic(), 0, rollout.num_tokens
-        for trees in minibatches(rollout, fields, config.minibatch_size, config.num_epochs, (run.seed, iteration)):
+        for trees in minibatches(rollout, fields, updates_per_epoch, config.num_epochs, (run.seed, iteration)):
             minibatch = engine.pack(trees, budget, splittable=True)
             if iteration >= config.critic_warmup_iterations:
                 text = engine.pack([windows[i] for i in text_order.take()] if config.ptx_coef else [], budget)
@@ -365,6 +367,15 @@ def score_scale(config: PPOConfig) -> tuple[float, float]:
             "scaling='running' works, or a reward model that tells its held-out responses apart"
         )
     return stored.bias, stored.std
+
+
+def uses(config: PPOConfig) -> list[ModelUse]:
+    """What is asked of the models, for the check before anything is loaded."""
+    episodes = {"max_prompt_length": config.max_prompt_length, "sampling.max_new_tokens": config.sampling.max_new_tokens}
+    windows = ({"ptx_window": config.ptx_window},) if config.ptx_coef else ()
+    policy = ModelUse(field="policy", model=config.policy, template=config.template, rows=(episodes, *windows), becomes=CAUSAL)
+    judge = ModelUse(field="reward_model", model=config.reward_model, template=config.template, rows=(episodes,), kind=REWARD)
+    return [replace(policy, reads_text=config.ptx_coef > 0), replace(judge, like="policy")]
 
 
 def plan(config: PPOConfig) -> dict[str, Any]:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, runtime, runtime_factory, when
+from posttrain.models.described import REWARD, ModelUse
 from posttrain.ops import ordered_pairs
 from posttrain.packing import Forest, Tree, segment
 
@@ -116,7 +117,7 @@ def train(config: RewardModelConfig, run: Run) -> Path:
     from posttrain.data.sampler import Sampler
     from posttrain.engine.tally import report
     from posttrain.evaluation.pairs import correct_pairs, pair_accuracy
-    from posttrain.inputs import check_fits, load_comparisons
+    from posttrain.inputs import check_budget, check_fits, load_comparisons
     from posttrain.models.loading import CALIBRATION_FILE, load_scalar_model
 
     engine = run.engine
@@ -126,7 +127,7 @@ def train(config: RewardModelConfig, run: Run) -> Path:
     held_out = load_comparisons(run, config.validation, *limits) if config.validation.path else []
     total_steps = max(1, round(config.epochs * len(trees) / config.batch_size))
 
-    check_budget([*trees, *held_out], config)
+    check_budget([*trees, *held_out], config.max_tokens_per_micro_batch, "comparison")
     module = load_scalar_model(config.model, fresh_head=True, seed=run.seed, tokenizer=chat.tokenizer)
     check_fits(module, max(len(tree.root) + max(map(len, tree.children)) for tree in (*trees, *held_out)), "comparisons")
     model = engine.train(module, config.optimizer, total_steps, name="reward_model")
@@ -151,16 +152,6 @@ def train(config: RewardModelConfig, run: Run) -> Path:
 
     calibration = calibrate(model, held_out or trees, chat, config, run)
     return engine.export(model, run.folder / "model", chat.tokenizer, extra_files={CALIBRATION_FILE: calibration.to_json()})
-
-
-def check_budget(trees: Sequence[Tree], config: RewardModelConfig) -> None:
-    """Raises ValueError naming the largest comparison when it doesn't fit in a row: its pairs need all its scores at once."""
-    largest = max(trees, key=lambda tree: tree.num_tokens)
-    if largest.num_tokens > config.max_tokens_per_micro_batch:
-        raise ValueError(
-            f"max_tokens_per_micro_batch={config.max_tokens_per_micro_batch} is below comparison {largest.index + 1}, whose prompt and "
-            f"{largest.num_responses} responses have {largest.num_tokens} tokens; {largest.num_tokens} works"
-        )
 
 
 def score_trees(model: Any, trees: Sequence[Tree], run: Run, config: RewardModelConfig) -> list[Tensor]:
@@ -226,6 +217,21 @@ def degenerate_probes(trees: Sequence[Tree], chat: Chat) -> dict[str, list[Tree]
         "repeated_token": [answer(tree, first_token(tree) * 16) for tree in trees],
         "echoed_prompt": [answer(tree, echo(tree)) for tree in trees],
     }
+
+
+def uses(config: RewardModelConfig) -> list[ModelUse]:
+    """What is asked of the model, for the check before anything is loaded."""
+    return [
+        ModelUse(field="model", model=config.model, template=config.template, rows=({"max_length": config.max_length},), becomes=REWARD)
+    ]
+
+
+def check(config: RewardModelConfig) -> list[str]:
+    """Comparisons that fit in no packed row: their pairs need all their scores at once."""
+    from posttrain.estimates import oversize
+
+    limits = (config.model, config.template, config.max_length, config.max_tokens_per_micro_batch)
+    return [text for data in (config.data, config.validation) for text in oversize(data, *limits)]
 
 
 def plan(config: RewardModelConfig) -> dict[str, Any]:

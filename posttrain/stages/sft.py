@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, runtime, runtime_factory, when
+from posttrain.models.described import CAUSAL, ModelUse
 
 if TYPE_CHECKING:
     from posttrain.data.chat import Chat
@@ -201,6 +202,21 @@ def held_out_loss(policy: Any, trees: Sequence[Tree], run: Run, max_tokens: int)
 
     logprobs = infer(run.engine, policy, trees, ("logprobs",), max_tokens)["logprobs"]
     return -sum(float(x.sum(dtype=x.double().dtype)) for x in logprobs) / sum(len(x) for x in logprobs)
+
+
+def uses(config: SFTConfig) -> list[ModelUse]:
+    """What is asked of the model, for the check before anything is loaded."""
+    windows = ({"ptx_window": config.ptx_window},) if config.ptx_coef else ()
+    return [
+        ModelUse(
+            field="model",
+            model=config.model,
+            template=config.template,
+            rows=({"max_length": config.max_length}, *windows),
+            reads_text=config.row_type == "text" or config.ptx_coef > 0,
+            becomes=CAUSAL,
+        )
+    ]
 
 
 def plan(config: SFTConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +98,18 @@ class OtherConfig:
 
 def other(config: OtherConfig, run: Any) -> Path:
     return write(replace(config.nested, text=config.model), run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopyConfig:
+    """A stage that makes a model folder out of what it alone knows."""
+
+    folder: str = ""
+
+
+def copy_model(config: CopyConfig, run: Any) -> Path:
+    shutil.copytree(config.folder, run.folder / "world" / "model", dirs_exist_ok=True)
+    return run.folder / "world"
 
 
 @dataclass(frozen=True, kw_only=True)

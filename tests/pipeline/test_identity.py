@@ -9,7 +9,7 @@ import pytest
 
 from posttrain.config import CheckpointConfig, DataConfig, ModelConfig, replace
 from posttrain.pipeline import Pipeline
-from posttrain.pipeline.identity import UNKNOWN, Contents, differences, digest, made_of, module_source
+from posttrain.pipeline.identity import UNKNOWN, Contents, differences, digest, hub_commit, made_of, module_source
 from tests.pipeline.stages_for_tests import OtherConfig, WriteConfig, other, write
 
 
@@ -105,3 +105,9 @@ def test_contents_are_hashed_again_only_when_a_file_changed(tmp_path, monkeypatc
     monkeypatch.setattr(Contents, "_seen", {})  # as in another process
     monkeypatch.setattr("hashlib.file_digest", None)  # a second hash would fail
     assert Contents(cache).digest(file) == expected
+
+
+def test_a_hub_model_without_a_network_is_a_problem_with_a_name(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    with pytest.raises(ValueError, match=r"'nobody/nothing' \(main\) is no folder.*not to be had"):
+        hub_commit("nobody/nothing", "")
