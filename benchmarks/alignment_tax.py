@@ -57,7 +57,9 @@ def with_variants(recipe: InstructGPT, control_epochs: float = 0.0) -> Pipeline:
         longer = replace(longer, epochs=control_epochs, optimizer=replace(longer.optimizer, lr=longer.optimizer.lr / 4))
         handles[CONTROL] = pipeline.stage(stage_name(CONTROL), sft.train, longer)
         models = {"base": "@base", "sft": "@sft", **handles}
-        evaluation = replace(stages["evaluation"].config, models=tuple(models.values()), names=tuple(models))
+        evaluation = replace(
+            stages["evaluation"].config, models=tuple(ModelConfig(path=path) for path in models.values()), names=tuple(models)
+        )
         pipeline.stage("evaluation", gold.evaluate, evaluation)
     return pipeline
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from posttrain.config import DataConfig, ModelConfig, OptimizerConfig, SamplingConfig, runtime
+from posttrain.config import AdapterConfig, DataConfig, ModelConfig, OptimizerConfig, SamplingConfig, runtime
 from posttrain.evaluation import gold
 from posttrain.evaluation.gold import GoldConfig
 from posttrain.pipeline import Pipeline, main
@@ -73,9 +73,10 @@ def build(recipe: InstructGPT) -> Pipeline:
 
     last = replace(recipe.ppo, policy=at(recipe.ppo.policy, policy), reward_model=at(recipe.ppo.reward_model, judge))
     final = pipeline.stage("ppo", ppo.train, last)
-    evaluation = replace(recipe.evaluation, models=(base.path, policy, final), names=("base", "sft", "ppo"))
+    models = tuple(replace(model, adapter=AdapterConfig()) for model in (base, at(base, policy), at(recipe.ppo.policy, final)))
+    evaluation = replace(recipe.evaluation, models=models, names=("base", "sft", "ppo"))
     if comparisons.path:
-        evaluation = replace(evaluation, reward_model=judge, comparisons=comparisons, noisy_comparisons=noisy)
+        evaluation = replace(evaluation, reward_model=ModelConfig(path=judge), comparisons=comparisons, noisy_comparisons=noisy)
     pipeline.stage("evaluation", gold.evaluate, evaluation)
     return pipeline
 
@@ -166,7 +167,7 @@ SMOLLM2 = InstructGPT(
         max_length=1024,
         epochs=2,
         patience=2,
-        max_tokens_per_micro_batch=2048,
+        max_tokens_per_micro_batch=1024,
         optimizer=OptimizerConfig(lr=2e-5, warmup_steps=5),
     ),
     reward_model=RewardModelConfig(
@@ -189,7 +190,7 @@ SMOLLM2 = InstructGPT(
         ptx_batch_size=16,
         ptx_window=256,
         max_prompt_length=256,
-        max_tokens_per_micro_batch=2048,
+        max_tokens_per_micro_batch=1024,
         sampling=SamplingConfig(max_new_tokens=192),
         score=ScoreConfig(scaling="calibration"),
         policy_optimizer=OptimizerConfig(lr=2e-6, schedule="constant", warmup_steps=10),
@@ -201,7 +202,7 @@ SMOLLM2 = InstructGPT(
         text=DataConfig(path=DOLLY, format="recipes.gsm8k:passage", split="train[95%:]"),
         max_prompt_length=256,
         max_length=512,
-        max_tokens_per_micro_batch=2048,
+        max_tokens_per_micro_batch=1024,
     ),
 )
 

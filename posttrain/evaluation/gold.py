@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.config import DataConfig, ModelConfig, SamplingConfig, resolve, runtime, when
 from posttrain.evaluation.statistics import Interval, bootstrap_difference, bootstrap_mean, bootstrap_ratio
+from posttrain.models.described import REWARD, ModelUse
 
 if TYPE_CHECKING:
     from posttrain.data.chat import Chat
@@ -34,8 +35,8 @@ VERSION = 1
 class GoldConfig:
     """Which models are compared, on what, and by whom."""
 
-    models: tuple[str, ...] = ()
-    """Model folders, hub ids or "@stage", in the order in which each is compared with the one before."""
+    models: tuple[ModelConfig, ...] = ()
+    """In the order in which each is compared with the one before."""
     names: tuple[str, ...] = ()
     """What the report calls them: "base", "sft", "ppo"."""
     prompts: DataConfig = DataConfig(path="", split="test")
@@ -50,8 +51,8 @@ class GoldConfig:
     """Held-out text rows for the pretraining loss; "" measures none."""
     text_window: int = 256
     """Tokens per window of text."""
-    reward_model: str = ""
-    """A reward model's folder or "@stage"; "" judges none."""
+    reward_model: ModelConfig = ModelConfig()
+    """A reward model to be judged; with path "" none is."""
     comparisons: DataConfig = DataConfig(path="", split="test")
     """Held-out comparison rows with clean labels."""
     noisy_comparisons: DataConfig = DataConfig(path="", split="test")
@@ -70,7 +71,11 @@ class GoldConfig:
     def problems(self) -> list[str]:
         longest = self.max_prompt_length + self.sampling.max_new_tokens
         return when(
-            (not self.models, "models is empty; ('@sft', '@ppo') works"),
+            (not self.models, "models is empty; ModelConfig(path='@sft'), ModelConfig(path='@ppo') works"),
+            (
+                not all(model.path for model in self.models),
+                f"models have the paths {[model.path for model in self.models]}; a folder, a hub id or '@stage' works for each",
+            ),
             (len(self.names) != len(self.models), f"names={self.names} must name the {len(self.models)} models, one each"),
             (len(set(self.names)) != len(self.names), f"names={self.names} must differ"),
             (not self.prompts.path, "prompts.path is empty; held-out prompt rows work"),
@@ -80,8 +85,9 @@ class GoldConfig:
             (self.max_prompt_length < 1, f"max_prompt_length={self.max_prompt_length} must be at least 1; 1024 works"),
             (not 0 <= self.max_dropped_fraction <= 1, f"max_dropped_fraction={self.max_dropped_fraction} must lie in [0, 1]; 0 works"),
             (
-                bool(self.reward_model) != bool(self.comparisons.path),
-                f"reward_model={self.reward_model!r} and comparisons.path={self.comparisons.path!r} need each other; both or neither work",
+                bool(self.reward_model.path) != bool(self.comparisons.path),
+                f"reward_model.path={self.reward_model.path!r} and comparisons.path={self.comparisons.path!r} need each other; "
+                "both or neither work",
             ),
             (
                 bool(self.noisy_comparisons.path) and not self.comparisons.path,
@@ -137,7 +143,7 @@ def evaluate(config: GoldConfig, run: Run) -> Path:
         verdicts.judged.append(judge(config, run, config.names[place], config.models[place], rows, texts, score))
         run.checkpoint(force=True)
     results = compare(verdicts.judged, [str(row.get("task", "")) for row in rows], run.seed)
-    if config.reward_model:
+    if config.reward_model.path:
         results["reward_model"] = judge_reward_model(config, run)
     path = run.results(results)
     run.engine.world.barrier("writing the results")
@@ -145,7 +151,13 @@ def evaluate(config: GoldConfig, run: Run) -> Path:
 
 
 def judge(
-    config: GoldConfig, run: Run, name: str, path: str, rows: Sequence[dict[str, Any]], texts: Sequence[dict[str, Any]], score: Any
+    config: GoldConfig,
+    run: Run,
+    name: str,
+    source: ModelConfig,
+    rows: Sequence[dict[str, Any]],
+    texts: Sequence[dict[str, Any]],
+    score: Any,
 ) -> Judged:
     """One model's answers with their scores, and its loss on the text. Its memory is free afterwards."""
     from posttrain.data.chat import Chat
@@ -154,12 +166,12 @@ def judge(
     from posttrain.rollout.local import SamplingInterrupted, sample
 
     world = run.engine.world
-    chat = Chat.load(path, config.template)
+    chat = Chat.load(source.path, config.template, revision=source.revision)
     kept_by: dict[str, Any] = {"cache": run.cache, "world": world}
     limits = (config.max_prompt_length, config.sampling.system_prompt)
     prompts, kept = prompt_ids(rows, chat, *limits, max_dropped_fraction=config.max_dropped_fraction, **kept_by)
     windows = text_windows(texts, chat, config.text_window, **kept_by)[0] if texts else []
-    model = run.engine.freeze(load_causal_lm(ModelConfig(path=path), chat.tokenizer), name=name)
+    model = run.engine.freeze(load_causal_lm(source, chat.tokenizer), name=name)
     try:
         rollout = sample(
             model,
@@ -280,8 +292,8 @@ def judge_reward_model(config: GoldConfig, run: Run) -> dict[str, Any]:
     from posttrain.evaluation.pairs import pair_accuracy
     from posttrain.models.loading import load_scalar_model
 
-    chat = Chat.load(config.reward_model, config.template)
-    model = run.engine.freeze(load_scalar_model(ModelConfig(path=config.reward_model), fresh_head=False), name="reward_model")
+    chat = Chat.load(config.reward_model.path, config.template, revision=config.reward_model.revision)
+    model = run.engine.freeze(load_scalar_model(config.reward_model, fresh_head=False), name="reward_model")
 
     def accuracy(data: DataConfig) -> dict[str, Any]:
         limits: dict[str, Any] = {"max_dropped_fraction": config.max_dropped_fraction, "cache": run.cache, "world": run.engine.world}
@@ -301,6 +313,22 @@ def release(model: Any, run: Run) -> None:
     """Let go of a model before the next one is loaded."""
     model.close()
     run.engine.models.remove(model)
+
+
+def uses(config: GoldConfig) -> list[ModelUse]:
+    """What is asked of the models, for the check before anything is loaded."""
+    answers = {"max_prompt_length": config.max_prompt_length, "sampling.max_new_tokens": config.sampling.max_new_tokens}
+    windows = ({"text_window": config.text_window},) if config.text.path else ()
+    common: dict[str, Any] = {"template": config.template, "rows": (answers, *windows), "reads_text": bool(config.text.path)}
+    judge = ModelUse(
+        field="reward_model",
+        model=config.reward_model,
+        kind=REWARD,
+        template=config.template,
+        rows=({"max_length": config.max_length},),
+    )
+    models = [ModelUse(field=f"models[{place}]", model=model, **common) for place, model in enumerate(config.models)]
+    return [*models, judge] if config.reward_model.path else models
 
 
 def smoke(config: GoldConfig) -> GoldConfig:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from posttrain.config import DataConfig, SamplingConfig, gather_problems
+from posttrain.config import DataConfig, ModelConfig, SamplingConfig, gather_problems
 from posttrain.data.chat import Chat
 from posttrain.engine import Engine, World
 from posttrain.evaluation import gold
@@ -72,7 +72,10 @@ def config(tmp_path_factory) -> GoldConfig:
     comparisons = [{"prompt": f"sort {n}", "responses": ["apple fig", "fig", "pear " * n + "x"][: 2 + n % 2]} for n in range(7)]
     noisy = [{**row, "responses": row["responses"][::-1]} for row in comparisons]
     return GoldConfig(
-        models=(str(tiny_folder(folder / "one", seed=0)), str(tiny_folder(folder / "two", "gpt2", seed=1))),
+        models=(
+            ModelConfig(path=str(tiny_folder(folder / "one", seed=0))),
+            ModelConfig(path=str(tiny_folder(folder / "two", "gpt2", seed=1))),
+        ),
         names=("base", "sft"),
         prompts=write_rows(folder / "prompts.jsonl", prompts),
         score="tests.evaluation.test_gold:share_of_vowels",
@@ -80,7 +83,7 @@ def config(tmp_path_factory) -> GoldConfig:
         samples_per_prompt=2,
         text=write_rows(folder / "text.jsonl", texts),
         text_window=32,
-        reward_model=str(reward_model_folder(folder / "reward")),
+        reward_model=ModelConfig(path=str(reward_model_folder(folder / "reward"))),
         comparisons=write_rows(folder / "clean.jsonl", comparisons),
         noisy_comparisons=write_rows(folder / "noisy.jsonl", noisy),
         max_prompt_length=100,
@@ -119,8 +122,8 @@ def test_differences_are_over_the_prompts_that_both_models_answered():
 
 
 def test_the_text_loss_is_that_of_plain_transformers(config, evaluated):
-    for name, path in zip(config.names, config.models):
-        model, chat = AutoModelForCausalLM.from_pretrained(path), Chat.load(path)
+    for name, source in zip(config.names, config.models):
+        model, chat = AutoModelForCausalLM.from_pretrained(source.path), Chat.load(source.path)
         stream = [i for line in Path(config.text.path).read_text().splitlines() for i in chat.text(json.loads(line)["text"])]
         losses, tokens = 0.0, 0
         for start in range(0, len(stream), 32):
@@ -135,8 +138,8 @@ def test_the_text_loss_is_that_of_plain_transformers(config, evaluated):
 
 
 def test_pair_accuracy_is_that_of_a_plain_classifier(config, evaluated):
-    chat = Chat.load(config.reward_model)
-    judge = AutoModelForSequenceClassification.from_pretrained(config.reward_model)
+    chat = Chat.load(config.reward_model.path)
+    judge = AutoModelForSequenceClassification.from_pretrained(config.reward_model.path)
     correct, pairs = 0, 0
     for line in Path(config.comparisons.path).read_text().splitlines():
         row = json.loads(line)
@@ -180,14 +183,21 @@ def test_a_score_that_is_no_number_is_named(config, tmp_path):
 
 
 def test_problems_are_all_reported():
-    wrong = GoldConfig(models=("@a", "@b"), names=("a",), samples_per_prompt=0, reward_model="@c", max_tokens_per_micro_batch=8)
+    wrong = GoldConfig(
+        models=(ModelConfig(path="@a"), ModelConfig()),
+        names=("a",),
+        samples_per_prompt=0,
+        reward_model=ModelConfig(path="@c"),
+        max_tokens_per_micro_batch=8,
+    )
     found = "\n".join(gather_problems(wrong))
     for field in (
         "names=('a',)",
         "prompts.path",
         "score is empty",
         "samples_per_prompt=0",
-        "reward_model='@c'",
+        "reward_model.path='@c'",
+        "paths ['@a', '']",
         "max_tokens_per_micro_batch=8",
     ):
         assert field in found
