@@ -48,3 +48,13 @@ def rankings(count: int, seed: int = 0, most: int = 4, ties: bool = True) -> lis
             ranks = [sum(other > mine for other in apples) for mine in apples]
             rows.append({"prompt": phrase(draw), "responses": responses, "ranks": ranks})
     return rows
+
+
+def judgements(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """One response per prompt, desirable where it says "apple"."""
+    draw = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    for _ in range(count):
+        response = phrase(draw, 2, 14)
+        rows.append({"prompt": phrase(draw), "response": response, "desirable": "apple" in response.split()})
+    return rows
