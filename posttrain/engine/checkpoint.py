@@ -27,6 +27,7 @@ from torch import Tensor
 
 from posttrain.engine.model import TrainedModel, whole_state
 from posttrain.engine.world import World
+from posttrain.models.adapters import trained_parameters
 
 MANIFEST = "manifest.json"
 COUNTERS = ("steps", "skipped_steps", "skipped_in_a_row")
@@ -105,7 +106,8 @@ def load(world: World, folder: Path, models: Mapping[str, TrainedModel], *, rest
 
 def trained_weights(model: TrainedModel) -> dict[str, Tensor]:
     """Trained parameters and persistent buffers, whole, on rank 0's CPU; {} on the others. Collective."""
-    frozen = {name for name, p in model.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    trained = {id(p) for p in trained_parameters(model.module).values()}
+    frozen = {name for name, p in model.module.named_parameters(remove_duplicate=False) if id(p) not in trained}
     with model.world.phase(f"gathering {model.name} for a checkpoint"):
         return whole_state(model, model.module, leave_out=frozen)
 

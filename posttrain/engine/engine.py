@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from torch import nn
 from posttrain.config import OptimizerConfig
 from posttrain.engine import checkpoint
 from posttrain.engine.model import MAX_SKIPPED, FrozenModel, TrainedModel
-from posttrain.engine.plain import PlainFrozen, PlainTrainer
+from posttrain.engine.plain import FrozenMember, PlainFrozen, PlainTrainer, WholeBase
 from posttrain.engine.signals import StopFlag
 from posttrain.engine.update import Update
 from posttrain.engine.world import World
-from posttrain.engine.zero import ZeroFrozen, ZeroTrainer
+from posttrain.engine.zero import ZeroBase, ZeroFrozen, ZeroTrainer
+from posttrain.models.adapters import starting_view, trained_parameters
 from posttrain.packing import PackedBatch, Tree, pack
 
 
@@ -34,6 +36,7 @@ class Engine:
         self._owns_world = world is None
         self.world = world or World.from_launch()
         self.models: list[FrozenModel] = []
+        self._bases: dict[Any, Any] = {}  # frozen weights below adapters
 
     def seed(self, seed: int) -> None:
         """Seed Python, NumPy and torch, differently on every rank (dropout differs; whatever must agree has its own generator)."""
@@ -58,8 +61,11 @@ class Engine:
         """
         self._check(module, name)
         module.train()
-        trainer = ZeroTrainer if self.world.backend == "zero" else PlainTrainer
-        backend: Any = trainer(module, optimizer, self.world)
+        backend: Any
+        if getattr(module, "adapter", None):
+            backend = PlainTrainer(module, optimizer, self.world, self._base(module))
+        else:
+            backend = (ZeroTrainer if self.world.backend == "zero" else PlainTrainer)(module, optimizer, self.world)
         model = TrainedModel(name, backend, self.world, optimizer, total_steps, ema_decay, max_skipped)
         self.models.append(model)
         return model
@@ -67,14 +73,36 @@ class Engine:
     def freeze(self, module: nn.Module, *, name: str) -> FrozenModel:
         """Take over `module` for evaluation only: no gradients, no checkpoint, sharded under ZeRO-3."""
         self._check(module, name)
+        if getattr(module, "adapter", None):  # what it shares with other models is theirs to set
+            module.training = False
+            for parameter in trained_parameters(module).values():
+                parameter.requires_grad_(False)
+            return self._frozen(name, FrozenMember(module, self.world, self._base(module)))
         module.eval().requires_grad_(False)
-        frozen = ZeroFrozen if self.world.zero_stage == 3 else PlainFrozen
-        model = FrozenModel(name, frozen(module, self.world), self.world)
-        self.models.append(model)
-        return model
+        return self._frozen(name, (ZeroFrozen if self.world.zero_stage == 3 else PlainFrozen)(module, self.world))
+
+    def _frozen(self, name: str, backend: Any) -> FrozenModel:
+        self.models.append(FrozenModel(name, backend, self.world))
+        return self.models[-1]
+
+    def _base(self, module: Any) -> Any:
+        """The frozen weights below a model with an adapter; all models over them find the same ones."""
+        switch = module.adapter.switch
+        if switch not in self._bases:
+            for member in switch.members:
+                member.to(self.world.device)
+            base = ZeroBase if self.world.zero_stage == 3 else WholeBase
+            self._bases[switch] = base(switch.members[0], self.world)
+        return self._bases[switch]
 
     def reference(self, policy: TrainedModel, load: Callable[[], nn.Module]) -> FrozenModel:
-        """The weights that the stage starts `policy` from, frozen and named "reference"; `load()` reads them anew."""
+        """The weights that the stage starts `policy` from, frozen and named "reference", also after a checkpoint was loaded.
+
+        Where all weights are trained, `load()` reads them anew. Below an adapter they are there: the same model with the adapter
+        off when it started fresh, else with a copy of the adapter as it was when it was read.
+        """
+        if getattr(policy.module, "adapter", None):
+            return self._frozen("reference", FrozenMember(starting_view(policy.module), self.world, policy.backend.base))
         return self.freeze(load(), name="reference")
 
     def update(self, model: TrainedModel) -> Update:
@@ -114,17 +142,25 @@ class Engine:
     def export(
         self, model: FrozenModel, folder: Path, tokenizer: Any, *, ema: bool = False, extra_files: Mapping[str, str] | None = None
     ) -> Path:
-        """Write a plain Hugging Face folder, verified by reading it back; with `ema` the averaged weights. Returns `folder`."""
+        """Write a plain Hugging Face folder, verified by reading it back; with `ema` the averaged weights. Returns `folder`.
+
+        An adapter is merged into its base, or written alone where its config says `merge=False`.
+        """
+        from posttrain.models.adapter_files import write_adapter
         from posttrain.models.export import write_model
 
-        folder = Path(folder)
-        if ema:
-            assert isinstance(model, TrainedModel), "only a trained model has averaged weights"
-            weights = model.state_dict_full(ema=True)
-        else:
-            weights = model.state_dict_full()
-        hf = model.module.hf
-        self.world.first_says(lambda: write_model(hf, weights, tokenizer, folder, extra_files), f"writing {folder.name}")
+        assert isinstance(model, TrainedModel) or not ema, "only a trained model has averaged weights"
+        folder, hf, adapter = Path(folder), model.module.hf, model.module.adapter
+        is_alone = adapter is not None and not adapter.config.merge
+        with model.averaged() if isinstance(model, TrainedModel) and ema else nullcontext():
+            weights, head = model.adapter_weights() if is_alone else (model.state_dict_full(), {})
+
+        def write() -> str:
+            if is_alone:
+                return write_adapter(adapter, hf, weights, head, tokenizer, folder, extra_files)
+            return write_model(hf, weights, tokenizer, folder, extra_files)
+
+        self.world.first_says(write, f"writing {folder.name}")
         return folder
 
     @property
@@ -147,6 +183,9 @@ class Engine:
         for model in self.models:
             model.close()
         self.models.clear()
+        for base in self._bases.values():
+            base.close()
+        self._bases.clear()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

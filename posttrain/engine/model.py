@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from posttrain.config import OptimizerConfig
 from posttrain.engine.world import World
+from posttrain.models.adapters import merged, weights
 
 MAX_SKIPPED = 5
 
@@ -75,13 +76,14 @@ class FrozenModel:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode without gradients; what was before comes back after."""
-        was_training = self.module.training
+        modes = [(part, part.training) for part in self.module.modules()]  # one by one: another model may share some of them
         self.module.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.module.train(was_training)
+            for part, training in modes:
+                part.training = training
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -101,9 +103,19 @@ class FrozenModel:
                     layer.gradient_checkpointing = True
 
     def state_dict_full(self) -> dict[str, Tensor]:
-        """The whole state dict of the transformers model on rank 0's CPU, {} on the others. Collective."""
+        """The whole state dict of the transformers model, an adapter merged into it, on rank 0's CPU; {} on the others. Collective."""
+        hf, adapter = getattr(self.module, "hf", self.module), getattr(self.module, "adapter", None)
         with self.world.phase(f"gathering {self.name} for export"):
-            return whole_state(self, getattr(self.module, "hf", self.module), dtype=getattr(self.backend, "dtype", None))
+            state = whole_state(self, hf, dtype=None if adapter else getattr(self.backend, "dtype", None))
+        return merged(state, hf, adapter.name) if adapter and state else state
+
+    def adapter_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The adapter alone, under peft's names, and the scalar head ({} without one), on the CPU."""
+        module = self.module
+        head = {"score.weight": module.head.weight} if module.is_scalar else {}
+        parts = (weights(module.hf, module.adapter.name), head)
+        alone, score = ({name: value.detach().to("cpu", copy=True) for name, value in part.items()} for part in parts)
+        return alone, score
 
     def close(self) -> None:
         """Let go of the weights, although somebody may still hold this object."""
@@ -178,7 +190,5 @@ class TrainedModel(FrozenModel):
 
     def state_dict_full(self, *, ema: bool = False) -> dict[str, Tensor]:
         """As for a frozen model; with `ema`, the averaged weights. Collective."""
-        if not ema:
-            return super().state_dict_full()
-        with self.averaged():
+        with self.averaged() if ema else nullcontext():
             return super().state_dict_full()

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from posttrain.config import OptimizerConfig
 from posttrain.engine.world import World
+from posttrain.models.adapters import trained_parameters
 
 BUCKET_ELEMENTS = 25_000_000
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's parameter groups: matrices decay, vectors (norms, biases) don't."""
-    trained = [p for p in module.parameters() if p.requires_grad]
+    trained = list(trained_parameters(module).values())
     if not trained:
         raise ValueError("the module has no parameter with requires_grad; freeze() is for models that aren't trained")
     matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
@@ -33,6 +34,16 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 def adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     groups = decay_groups(module, config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True)
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype that a module computes in: that of its frozen base below an fp32 adapter, else of its weights."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def precision(dtype: torch.dtype, world: World) -> AbstractContextManager:
+    """The precision of a forward pass of a module with fp32 masters."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(world.device.type, dtype=dtype)
 
 
 def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
@@ -53,43 +64,64 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm(tensors)
 
 
+class WholeBase:
+    """Frozen weights below one or several adapters, whole on every rank; the models over them are its members."""
+
+    def __init__(self, module: nn.Module, world: World) -> None:
+        """Whole it is; the interface is ZeroBase's."""
+
+    def forward(self, member: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return member(*args, **kwargs)
+
+    def backward(self, value: Tensor) -> None:
+        value.backward()
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        yield
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager:
+        return nullcontext()
+
+    def close(self) -> None:
+        pass
+
+
 class PlainTrainer:
-    """AdamW over a full copy of the module on every rank. Gradients are sums over ranks."""
+    """AdamW over what is trained of a module, whole on every rank. Gradients are sums over ranks.
+
+    Without a `base` that is all of the module; with one it is an adapter, and the base may be other models' too, and sharded.
+    """
 
     sharded = False
 
-    def __init__(self, module: nn.Module, config: OptimizerConfig, world: World) -> None:
+    def __init__(self, module: nn.Module, config: OptimizerConfig, world: World, base: Any = None) -> None:
         self.world = world
         self.module = module.to(world.device)
-        trained = [p for p in module.parameters() if p.requires_grad]
-        self.dtype = trained[0].dtype if trained else torch.float32
-        module.float()  # the weights are their own fp32 masters
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.parameters = list(trained_parameters(module).values())
+        self.dtype = compute_dtype(module)
+        if base is None:
+            module.float()  # the weights are their own fp32 masters; those of an adapter are fp32 from the start
+        self.base = base or WholeBase(module, world)
         self.optimizer = adamw(module, config)
         self.max_grad_norm = config.max_grad_norm
         self._terms: dict[str, list[Tensor]] = {}
         self._label = ""
         if world.size > 1:
             with world.phase("first broadcast of the weights"), torch.no_grad():
-                for tensor in (*module.parameters(), *module.buffers()):
+                for tensor in self.parameters if base is not None else (*module.parameters(), *module.buffers()):
                     dist.broadcast(tensor, src=0)
 
-    def precision(self) -> AbstractContextManager:
-        """The precision of a forward pass."""
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.world.device.type, dtype=self.dtype)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self.precision():
-            return self.module(*args, **kwargs)
+        with precision(self.dtype, self.world):
+            return self.base.forward(self.module, *args, **kwargs)
 
     def backward(self, value: Tensor, label: str) -> None:
         """Add the gradient of `value` to the running sum of the term `label`."""
         if self._label and label != self._label:
             self._set_aside()
         self._label = label
-        value.backward()
+        self.base.backward(value)
 
     def poison(self, value: Tensor) -> None:
         """Called on every rank instead of `backward` when some rank's loss isn't finite; the step is refused later anyhow."""
@@ -160,20 +192,19 @@ class PlainTrainer:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Every parameter is whole on every rank already."""
-        with self.precision():
+        """Context in which every parameter is whole on every rank."""
+        with precision(self.dtype, self.world), self.base.gathered():
             yield
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager:
         """Context in which these parameters are whole on every rank."""
-        return nullcontext()
+        return self.base.whole(parameters)
 
     def load_whole(self, state: dict[str, Tensor]) -> None:
         """Set the trained weights from a full state dict, which every rank has."""
         with torch.no_grad():
-            for name, parameter in self.module.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(state[name])
+            for name, parameter in trained_parameters(self.module).items():
+                parameter.copy_(state[name])
 
     def optimizer_state(self) -> dict[str, Any]:
         """The optimizer's state, the same on every rank."""
@@ -184,6 +215,29 @@ class PlainTrainer:
 
     def close(self) -> None:
         self.optimizer.state.clear()
+
+
+class FrozenMember:
+    """A model that isn't trained, one of several over a base that somebody else holds."""
+
+    def __init__(self, module: nn.Module, world: World, base: Any) -> None:
+        self.module, self.world, self.base = module, world, base
+        self.dtype = compute_dtype(module)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with precision(self.dtype, self.world):
+            return self.base.forward(self.module, *args, **kwargs)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        with precision(self.dtype, self.world), self.base.gathered():
+            yield
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager:
+        return self.base.whole(parameters)
+
+    def close(self) -> None:
+        pass
 
 
 class PlainFrozen:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.config import OptimizerConfig
-from posttrain.engine.plain import adamw, decay_groups, sum_over_ranks, total_norm
+from posttrain.engine.plain import adamw, compute_dtype, decay_groups, sum_over_ranks, total_norm
 from posttrain.engine.world import World
+from posttrain.models.adapters import taken_out
 
 
 @cache
@@ -74,9 +75,11 @@ def forget(module: nn.Module) -> None:
 
 
 @contextmanager
-def unhooked(ds: Any, offload: Any) -> Iterator[None]:
-    """All parameters of a ZeRO-3 module whole on every rank, and no hook that would shard them again after a submodule's forward."""
-    parameters = list(ds.module.parameters())
+def unhooked(ds: Any, offload: Any, walking: Callable[[nn.Module], AbstractContextManager] = nullcontext) -> Iterator[None]:
+    """All parameters of a ZeRO-3 module whole on every rank, and no hook that would shard them again after a submodule's forward.
+
+    The hooks come back in the context `walking(module)`."""
+    parameters = [p for p in ds.module.parameters() if hasattr(p, "ds_id")]
     with load_deepspeed().zero.GatheredParameters(parameters):
         for parameter in parameters:
             parameter.ds_active_sub_modules.clear()
@@ -86,7 +89,8 @@ def unhooked(ds: Any, offload: Any) -> Iterator[None]:
         try:
             yield
         finally:
-            offload._register_deepspeed_module(ds.module)
+            with walking(ds.module):
+                offload._register_deepspeed_module(ds.module)
 
 
 class ZeroTrainer:
@@ -248,6 +252,60 @@ class ZeroTrainer:
         self.zero.optimizer.state.clear()
         self.ds.destroy()
         forget(self.module)
+
+
+class Members(nn.Module):
+    """The root that ZeRO-3 knows: it holds the base through the first model over it, and runs any of them."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.first = first
+
+    def forward(self, member: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return member(*args, **kwargs)
+
+
+class ZeroBase:
+    """Frozen weights below one or several adapters, sharded by ZeRO-3. Adapters and scalar heads stay whole on every rank.
+
+    They are small, and so any number of optimizers can step over one sharded base: two DeepSpeed engines over one module would
+    hook it twice, and two parameter groups in one engine move the idle one by its momentum. The interface is WholeBase's.
+    """
+
+    def __init__(self, module: nn.Module, world: World) -> None:
+        root = Members(module)
+        dtype = compute_dtype(module)
+        self._is_gathered = False
+        with taken_out(module), world.phase("deepspeed.initialize"):
+            self.ds = initialize(root, deepspeed_config(world, dtype, 0.0), None)
+
+    def forward(self, member: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.ds.module(member, *args, **kwargs)  # DeepSpeed's own forward would switch autocast off
+
+    def backward(self, value: Tensor) -> None:
+        value.backward()
+        # the first layer's input has no gradient, so nothing told DeepSpeed that its weights are done with
+        self.ds.optimizer.release_backward_leftovers()
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        if self._is_gathered:  # by another model over the same base
+            yield
+            return
+        self._is_gathered = True
+        try:
+            with unhooked(self.ds, self.ds.optimizer, taken_out):
+                yield
+        finally:
+            self._is_gathered = False
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager:
+        sharded = [p for p in parameters if hasattr(p, "ds_id")]
+        return load_deepspeed().zero.GatheredParameters(sharded, enabled=bool(sharded))
+
+    def close(self) -> None:
+        self.ds.destroy()
+        forget(self.ds.module)
 
 
 class ZeroFrozen:

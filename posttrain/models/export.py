@@ -7,19 +7,33 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-
-from posttrain.models.loading import quiet
+from transformers.utils import logging
 
 MANIFEST = "export.json"
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "spiece", "additional_chat")
 PROBED_PARAMETERS = 2_000_000_000  # logits are compared up to this size; keys and tensors always
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and load reports: what they would say is checked and raised here."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def write_model(
@@ -49,13 +63,18 @@ def write_model(
         for name, text in (extra_files or {}).items():
             (temporary / name).write_text(text)
         _verify(temporary, plain)
-        digest = content_digest(temporary)
-        manifest = {"digest": digest, "tokenizer": tokenizer_digest(temporary), "model_class": type(hf).__name__}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        _flush(*temporary.rglob("*"), temporary)
-        _swap(temporary, folder)
+        return seal(temporary, folder, {"model_class": type(hf).__name__})
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def seal(temporary: Path, folder: Path, about: Mapping[str, Any]) -> str:
+    """Write the manifest of a finished folder, `about` in it, flush everything and give it its name; returns the content digest."""
+    digest = content_digest(temporary)
+    manifest = {"digest": digest, "tokenizer": tokenizer_digest(temporary), **about}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    _flush(*temporary.rglob("*"), temporary)
+    _swap(temporary, folder)
     return digest
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers.utils import logging
 
 from posttrain.config import ModelConfig
+from posttrain.models.adapter_files import AdapterFolder, base_digest, check_agreement, is_adapter_folder, merge_command, read_adapter
+from posttrain.models.adapters import DEFAULT, Adapter, BaseModel, Switch, attach, fold_in, share_trunk, target_names
 from posttrain.models.attention import NAME
+from posttrain.models.export import quiet
 from posttrain.models.model import PackedModel, set_dropout
+from posttrain.models.quantized import round_trip
 from posttrain.models.trust import check_config, longest_row, probe
 
 CALIBRATION_FILE = "reward_calibration.json"
@@ -49,36 +51,51 @@ def read_calibration(folder: str | Path) -> Calibration:
         raise ValueError(f'{path} is not a calibration ({error}); {{"bias": 0.0, "mean": 0.0, "std": 1.0}} works') from None
 
 
-def load_causal_lm(config: ModelConfig, tokenizer: Any = None) -> PackedModel:
-    """A causal LM from a folder, the hub or a .gguf file, ready to be trained on packed rows; all dropout is 0.
+def load_causal_lm(config: ModelConfig, tokenizer: Any = None, *, seed: int = 0) -> PackedModel:
+    """A causal LM from a folder, the hub, a .gguf file or an adapter folder, ready to be trained on packed rows; all dropout is 0.
 
-    Where `tokenizer` is longer than the embeddings, they grow; the new rows are the mean of the old ones.
-    Raises ValueError when the model can't be packed exactly, or when its files lack a tensor.
+    Where `tokenizer` is longer than the embeddings, they grow; the new rows are the mean of the old ones. With
+    `config.adapter.rank` > 0 the model is frozen under a LoRA adapter: a fresh one drawn from `seed`, or the one in the adapter
+    folder; with rank 0 an adapter folder is read as the plain model that it means.
+    Raises ValueError when the model can't be packed exactly, when its files lack a tensor, or when the adapter doesn't fit.
     """
-    hf, info = _read(config, AutoModelForCausalLM)
+    source = _adapter_source(config)
+    if source is not None and source.is_reward_model:
+        raise ValueError(f"model.path={config.path!r} is a reward model's adapter, without an LM head; the adapter of a causal LM works")
+    base = _base_config(config, source)
+    hf, info = _read(base, AutoModelForCausalLM)
     if any(name.endswith("ForSequenceClassification") for name in hf.config.architectures or ()):
-        raise ValueError(f"model.path={config.path!r} is a reward model, without an LM head; the folder of a causal LM works")
-    _complete(config, info, but=())
-    return _packed(config, hf, tokenizer)
+        raise ValueError(f"model.path={base.path!r} is a reward model, without an LM head; the folder of a causal LM works")
+    _complete(base, info, but=())
+    return _packed(config, hf, tokenizer, source, seed)
 
 
 def load_scalar_model(config: ModelConfig, *, fresh_head: bool, seed: int = 0, tokenizer: Any = None) -> PackedModel:
     """A transformer with a scalar head on its hidden states: a reward model or a critic.
 
     With `fresh_head`, from a causal LM, the head drawn from N(0, 1 / (d + 1)) (variance; Huang et al. 2024, N+ implementation
-    details). Without, from a reward model's folder, whose calibration bias is applied to scores and values.
+    details). Without, from a reward model's folder, whose calibration bias is applied to scores and values. Adapters are as in
+    `load_causal_lm`; the scalar head is trained in full beside them.
     Raises ValueError naming the folder when its head is missing or has another shape.
     """
-    hf, info = _read(config, AutoModelForSequenceClassification)
+    source = _adapter_source(config)
+    base = _base_config(config, source)
+    hf, info = _read(base, AutoModelForSequenceClassification)
     head = getattr(hf, "score", None)
     if not isinstance(head, nn.Linear):
         raise ValueError(f"{type(hf).__name__} has no linear head named score, so it can't be a reward model; {config.path!r} was given")
     if fresh_head:
-        _complete(config, info, but=("score.weight",))
+        _complete(base, info, but=("score.weight",))
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5
         head.weight.data.copy_(weight)
-        return _packed(config, hf, tokenizer)
+        return _packed(config, hf, tokenizer, source, seed)
+    if source is not None:
+        _complete(base, info, but=("score.weight",))
+        _set_head(head, source)
+        model = _packed(config, hf, tokenizer, source, seed)
+        model.calibration = (read_calibration(config.path).bias, 1.0)
+        return model
 
     wrong = [name for name in (*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])) if name.startswith("score.")]
     if wrong:
@@ -88,23 +105,76 @@ def load_scalar_model(config: ModelConfig, *, fresh_head: bool, seed: int = 0, t
             "the output folder of a reward_model stage works (AutoModelForSequenceClassification with num_labels=1)"
         )
     _complete(config, info, but=())
-    model = _packed(config, hf, tokenizer)
+    model = _packed(config, hf, tokenizer, source, seed)
     model.calibration = (read_calibration(config.path).bias, 1.0)
     return model
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and load reports: what they would say is checked and raised here."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+def load_roles(
+    policy: ModelConfig, reward_model: ModelConfig, tokenizer: Any = None, *, seed: int = 0
+) -> tuple[PackedModel, PackedModel, PackedModel]:
+    """A policy, the critic that will start as its reward model, and the reward model.
+
+    Three modules that know nothing of each other; but where the policy has an adapter and the reward model's folder is an adapter
+    folder, three adapters and two scalar heads over ONE base. Then raises ValueError when the two adapters have different bases.
+    """
+    first = load_causal_lm(policy, tokenizer, seed=seed)
+    source = read_adapter(reward_model.path) if is_adapter_folder(reward_model.path) else None
+    if first.adapter is None or source is None:
+        critic, scorer = (load_scalar_model(reward_model, fresh_head=False, seed=seed) for _ in range(2))
+        return first, critic, scorer
+    own, its = base_digest(first.adapter.base), base_digest(source.base)
+    if own != its:
+        raise ValueError(
+            f"reward_model.path={reward_model.path!r} is an adapter of a base with the digest {its[:16]}, the policy's adapter has one "
+            f"with {own[:16]}: they can't share it. Train both on one base, or `{merge_command(reward_model.path)}` and give that folder"
+        )
+    return first, _scalar_role(first, reward_model, source, "critic"), _scalar_role(first, reward_model, source, "reward_model")
+
+
+def _scalar_role(first: PackedModel, config: ModelConfig, source: AdapterFolder, name: str) -> PackedModel:
+    """A scalar model over the base of `first`, with the adapter and the head of `source` under its own name."""
+    shape = AutoConfig.from_pretrained(source.base.path, revision=source.base.revision or "main", num_labels=1)
+    make = partial(AutoModelForSequenceClassification.from_config, shape, dtype=first.hf.dtype, attn_implementation=NAME)
+    assert first.adapter is not None
+    hf = share_trunk(first.hf, make)
+    hf.score = nn.Linear(hf.score.in_features, 1, bias=False)
+    _set_head(hf.score, source)
+    model = PackedModel(hf, attention=config.attention, longest_row=first.longest_row)
+    if config.adapter.rank:
+        check_agreement(config.adapter, source, target_names(hf, config.adapter.targets))
+    asked = replace(
+        source.config, dropout=0.0, targets=_targets(source), quantize=first.adapter.config.quantize, merge=config.adapter.merge
+    )
+    model.adapter = attach(hf, asked, source.base, name=name, switch=first.adapter.switch, start=source.weights, seed=0)
+    first.adapter.switch.members.append(model)
+    model.calibration = (read_calibration(config.path).bias, 1.0)
+    return model
+
+
+def _targets(source: AdapterFolder) -> tuple[str, ...]:
+    """The full names of the layers that an adapter folder adapts."""
+    return tuple(dict.fromkeys(name.rpartition(".lora_")[0] for name in source.weights))
+
+
+def _set_head(head: nn.Linear, source: AdapterFolder) -> None:
+    weight = source.head.get("score.weight")
+    if weight is None or weight.shape != head.weight.shape:
+        how = "is missing" if weight is None else f"has the shape {tuple(weight.shape)}, not {tuple(head.weight.shape)}"
+        raise ValueError(
+            f"model.path={source.path!r} is not a reward model's adapter: its scalar head score.weight {how}; "
+            "the output folder of a reward_model stage works"
+        )
+    head.weight.data.copy_(weight)
+
+
+def _adapter_source(config: ModelConfig) -> AdapterFolder | None:
+    return read_adapter(config.path) if is_adapter_folder(config.path) else None
+
+
+def _base_config(config: ModelConfig, source: AdapterFolder | None) -> ModelConfig:
+    """The config of what is read: the model itself, or the base of an adapter folder."""
+    return config if source is None else replace(config, path=source.base.path, revision=source.base.revision)
 
 
 def compute_dtype(config: ModelConfig) -> torch.dtype:
@@ -157,14 +227,36 @@ def _complete(config: ModelConfig, info: dict, but: tuple[str, ...]) -> None:
         raise ValueError(f"model.path={config.path!r} lacks {len(lacking)} tensors or has them in another shape: {listed}")
 
 
-def _packed(config: ModelConfig, hf: Any, tokenizer: Any) -> PackedModel:
+def _packed(config: ModelConfig, hf: Any, tokenizer: Any, source: AdapterFolder | None, seed: int) -> PackedModel:
+    asked = config.adapter
     if tokenizer is not None:
+        rows = hf.get_input_embeddings().num_embeddings
+        if asked.rank and len(tokenizer) > rows:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens and model.path={config.path!r} {rows} embeddings; an adapter leaves them frozen, "
+                "so that new tokens could not be learnt. adapter.rank=0 trains all weights; template='raw' needs no new tokens"
+            )
         grow_embeddings(hf, len(tokenizer))
     set_dropout(hf, 0.0)
+    if source is not None and not asked.rank:
+        if source.config.quantize == "nf4":
+            round_trip(hf)
+        fold_in(hf, source.config, source.weights)
     model = PackedModel(hf, attention=config.attention, longest_row=longest_row(hf.config))
+    if asked.rank:
+        model.adapter = _adapter(config, model, source, seed)
     if config.gradient_checkpointing:
         model.set_gradient_checkpointing(True)
     return model
+
+
+def _adapter(config: ModelConfig, model: PackedModel, source: AdapterFolder | None, seed: int) -> Adapter:
+    """A fresh adapter, or the one of the folder, continued."""
+    if source is not None:
+        check_agreement(config.adapter, source, target_names(model.hf, config.adapter.targets))
+    base = BaseModel(path=config.path, revision=config.revision) if source is None else source.base
+    start = {} if source is None else source.weights
+    return attach(model.hf, config.adapter, base, name=DEFAULT, switch=Switch(members=[model]), start=start, seed=seed)
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from posttrain.models.attention import NAME, Structure, structure_for
 from posttrain.models.logprobs import LogitTransform, TokenLogprobs, logit_transform
 from posttrain.packing import Forest
+
+if TYPE_CHECKING:
+    from posttrain.models.adapters import Adapter
 
 WANT = ("logprobs", "entropy", "values", "scores")
 
@@ -20,6 +24,7 @@ class PackedModel(nn.Module):
     `hf` is the transformers model; its LM head is replaced by one that shares its parameters. `calibration` (shift, scale)
     maps the scalar head's output: values and scores are (raw - shift) / scale. `longest_row` is the length of conversation
     beyond which packing would not be exact, or None. `neftune_alpha` adds NEFTune's noise to the embeddings in training mode.
+    `adapter` is what is trained where the rest is frozen, or None.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class PackedModel(nn.Module):
         self.longest_row = longest_row
         self.calibration = calibration
         self.neftune_alpha = 0.0
+        self.adapter: Adapter | None = None
         self.is_scalar = isinstance(getattr(hf, "score", None), nn.Linear)
         if not self.is_scalar:
             transform = transform or logit_transform(hf.config.get_text_config())
@@ -106,12 +112,14 @@ class PackedModel(nn.Module):
             embedded = self.hf.get_input_embeddings()(input_ids)  # (N, d)
             width = noise[:, None] / embedded.shape[-1] ** 0.5
             inputs = {"inputs_embeds": (embedded + torch.empty_like(embedded).uniform_(-1, 1) * width.to(embedded.dtype))[None]}
-        return self.trunk(**inputs, position_ids=position_ids[None], use_cache=False, structure=structure).last_hidden_state[0]
+        with self.adapter.switch.to(self.adapter.name) if self.adapter else nullcontext():
+            return self.trunk(**inputs, position_ids=position_ids[None], use_cache=False, structure=structure).last_hidden_state[0]
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Recompute each layer's activations in the backward pass, or keep them. Only training mode recomputes."""
         if on:
-            self.hf.activation_checkpointing_enable({"use_reentrant": False})
+            contexts = {"context_fn": self.adapter.switch.for_recomputation} if self.adapter else {}
+            self.hf.activation_checkpointing_enable({"use_reentrant": False, **contexts})
         else:
             self.hf.activation_checkpointing_disable()
 
@@ -146,10 +154,13 @@ def embedding_noise(forest: Forest, alpha: float) -> Tensor:
 def set_dropout(model: nn.Module, p: float) -> None:
     """Set every residual, embedding and MLP dropout to `p`, and attention dropout and layer drop to 0.
 
-    Attention dropout stays off: the packed attention has none. Raises ValueError when the family has no dropout to set.
+    Attention dropout stays off: the packed attention has none. An adapter's own dropout is left alone.
+    Raises ValueError when the family has no dropout to set.
     """
     found = False
     for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
         in_attention = type(module).__name__.endswith("Attention")
         if isinstance(module, nn.Dropout):
             is_attention = name.rsplit(".", 1)[-1] in ("attn_dropout", "attention_dropout")
