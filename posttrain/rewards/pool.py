@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import tempfile
 import threading
 from collections import deque
 from dataclasses import dataclass, field
@@ -63,10 +64,12 @@ class Rewards:
 
     def __enter__(self) -> Rewards:
         """Starts the workers. Raises RuntimeError when the functions can't be imported in a fresh process."""
-        self._workers = [Worker(self.config) for _ in range(self.config.workers)]
+        self._scratch = tempfile.TemporaryDirectory(prefix="posttrain_", ignore_cleanup_errors=True)
+        self._workers = [Worker(self.config, self._scratch.name) for _ in range(self.config.workers)]
         try:
             self._workers[0].start()
         except UnavailableError as error:
+            self._scratch.cleanup()
             raise RuntimeError(str(error)) from None
         self._threads = [threading.Thread(target=self._serve, args=(worker,), daemon=True) for worker in self._workers]
         for thread in self._threads:
@@ -81,6 +84,7 @@ class Rewards:
             while thread.is_alive():
                 worker.end()  # whatever it is judging; again, if the thread had just started another
                 thread.join(0.1)
+        self._scratch.cleanup()
 
     def submit(self, key: int, row: dict[str, Any], response: str) -> None:
         """Has a response judged; `key` names it in what `collect` returns."""

@@ -34,19 +34,20 @@ class UnavailableError(Exception):
     """No worker can be started."""
 
 
-def environment() -> dict[str, str]:
-    """The parent's variables without the launcher's; no GPU, one thread, this process's modules."""
+def environment(scratch: str) -> dict[str, str]:
+    """The parent's variables without the launcher's; no GPU, one thread, this process's modules, a folder to be swept."""
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER and not name.startswith(LAUNCHER_PREFIXES)}
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-    ours = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "PYTHONPATH": path}
-    return kept | ours
+    ours = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    return kept | ours | {"PYTHONPATH": path, "TMPDIR": scratch}
 
 
 class Worker:
     """One worker process at a time; used by one thread, but for `end`."""
 
-    def __init__(self, config: RewardsConfig) -> None:
+    def __init__(self, config: RewardsConfig, scratch: str) -> None:
         self.config = config
+        self.scratch = scratch
         self.process: subprocess.Popen | None = None
         self.channel: socket.socket | None = None
         self.received = b""
@@ -61,7 +62,12 @@ class Worker:
         try:
             with theirs:
                 self.process = subprocess.Popen(
-                    command, env=environment(), stdin=subprocess.DEVNULL, stdout=2, pass_fds=[theirs.fileno()], start_new_session=True
+                    command,
+                    env=environment(self.scratch),
+                    stdin=subprocess.DEVNULL,
+                    stdout=2,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
                 )
             self.channel.settimeout(STARTUP_SECONDS)
             send(self.channel, [(function.function, function.options) for function in self.config.functions])

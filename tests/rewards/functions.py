@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -10,6 +11,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 STARTED_BY = os.getppid()
@@ -43,17 +45,15 @@ def hang_in_c(row: dict) -> Any:
 
 def leave_a_child_and_hang(row: dict) -> Any:
     if not os.fork():
-        open(row["pidfile"], "w").write(str(os.getpid()))
+        Path(row["pidfile"]).write_text(str(os.getpid()))
         time.sleep(3600)
     time.sleep(3600)
 
 
 def write_into_every_channel(row: dict) -> Any:
     for descriptor in range(3, 64):
-        try:
+        with contextlib.suppress(OSError):
             os.write(descriptor, b'[1.0, ""]x\n')
-        except OSError:
-            pass
     return 1.0
 
 
@@ -67,13 +67,17 @@ def change_the_row(row: dict) -> float:
     return 1.0
 
 
-class Odd(Exception):
+def recurse(row: dict) -> Any:
+    return recurse(row)
+
+
+class OddError(Exception):
     def __str__(self) -> str:
         raise ValueError("no text")
 
 
 def raise_something_odd(row: dict) -> Any:
-    raise Odd
+    raise OddError
 
 
 DEEDS = {
@@ -100,7 +104,7 @@ DEEDS = {
     "fine": lambda row: 1.0,
     "true": lambda row: True,
     "print": lambda row: print('[5.0, ""]') or 1.0,
-    "recurse": lambda row: DEEDS["recurse"](row),
+    "recurse": recurse,
 }
 
 

@@ -74,37 +74,44 @@ def gone(process: int, seconds: float = 10.0) -> bool:
 # --- rule 18
 
 
-@pytest.mark.parametrize(
-    ("response", "reason"),
-    [
-        ("raise", "RuntimeError: a deliberate mistake"),
-        ("odd", "Odd"),
-        ("recurse", "RecursionError"),
-        ("exit", "SystemExit"),
-        ("interrupt", "KeyboardInterrupt"),
-        ("none", "returned None of type NoneType, not a number"),
-        ("nan", "returned nan, which is not finite"),
-        ("infinite", "returned inf, which is not finite"),
-        ("text", "returned '1.0' of type str, not a number"),
-        ("list", "returned [1.0] of type list, not a number"),
-        ("huge", "OverflowError"),
-        ("unheard of", "KeyError: 'unheard of'"),
-        ("die", "exit code 7"),
-        ("segfault", "killed by SIGSEGV"),
-        ("abort", "killed by SIGABRT"),
-        ("hang", "timed out after 1 s"),
-        ("hang in c", "timed out after 1 s"),
-        ("stop", "timed out after 1 s"),
-        ("close", "the worker"),
-        ("forge", "wrote into its worker's channel"),
-    ],
-)
-def test_rule_18_a_function_that_fails_costs_its_row(rewards, response, reason):
-    values = judged(rewards, "fine", response, "true")
-    assert values[0] == values[2] == 1.0 and math.isnan(values[1])
-    assert len(rewards.failures) == 1
-    assert reason in rewards.failures[0] and f"{HERE}:obey failed on {{}}, response {response!r}" in rewards.failures[0]
-    assert judged(rewards, "fine") == [1.0] and rewards.failures == []
+FAILURES = {
+    "raise": "RuntimeError: a deliberate mistake",
+    "odd": "OddError",
+    "recurse": "RecursionError",
+    "exit": "SystemExit",
+    "interrupt": "KeyboardInterrupt",
+    "none": "returned None of type NoneType, not a number",
+    "nan": "returned nan, which is not finite",
+    "infinite": "returned inf, which is not finite",
+    "text": "returned '1.0' of type str, not a number",
+    "list": "returned [1.0] of type list, not a number",
+    "huge": "OverflowError",
+    "unheard of": "KeyError: 'unheard of'",
+    "die": "exit code 7",
+    "segfault": "killed by SIGSEGV",
+    "abort": "killed by SIGABRT",
+    "hang": "timed out after 1 s",
+    "hang in c": "timed out after 1 s",
+    "stop": "timed out after 1 s",
+    "close": "the worker was killed",
+    "forge": "wrote into its worker's channel",
+}
+
+
+@pytest.fixture(scope="module")
+def failed(rewards):
+    """Every failure between two responses that are fine: response -> (value, value after it, text)."""
+    responses = [response for failure in FAILURES for response in (failure, "fine")]
+    values = judged(rewards, *responses)
+    assert len(rewards.failures) == len(FAILURES)
+    return {failure: (values[2 * i], values[2 * i + 1], rewards.failures[i]) for i, failure in enumerate(FAILURES)}
+
+
+@pytest.mark.parametrize("response", FAILURES)
+def test_rule_18_a_function_that_fails_costs_its_row(failed, response):
+    value, after, text = failed[response]
+    assert math.isnan(value) and after == 1.0
+    assert FAILURES[response] in text and f"{HERE}:obey failed on {{}}, response {response!r}" in text
 
 
 def test_rule_18_many_failures_at_once_leave_every_other_value_right(rewards):
@@ -112,6 +119,7 @@ def test_rule_18_many_failures_at_once_leave_every_other_value_right(rewards):
     values = judged(rewards, *responses)
     assert [value == 1.0 for value in values] == [response in ("fine", "true", "print") for response in responses]
     assert all(math.isnan(value) for value in values if value != 1.0) and len(rewards.failures) == 4 * 8
+    assert judged(rewards, "fine") == [1.0] and rewards.failures == []
 
 
 def test_rule_18_what_a_function_started_ends_with_it(rewards, tmp_path):
@@ -236,13 +244,13 @@ def test_workers_die_with_their_parent(number):
 
 
 def test_a_worker_that_cannot_import_the_function_says_so_before_the_first_response(monkeypatch):
-    monkeypatch.setattr("posttrain.rewards.process.environment", lambda: {"PYTHONPATH": os.getcwd(), "PYTHONHASHSEED": "x"})
+    monkeypatch.setattr("posttrain.rewards.process.environment", lambda scratch: {"PYTHONPATH": os.getcwd(), "PYTHONHASHSEED": "x"})
     with pytest.raises(RuntimeError, match="could not start"), Rewards(config_of("length")):
         pass
 
 
 def test_answers_that_came_in_time_count_however_late_they_are_read():
-    worker = Worker(config_of("length", seconds_per_response=0.3))
+    worker = Worker(config_of("length", seconds_per_response=0.3), "/tmp")
     answers = worker.ask([(b"\x80\x04}.", "one"), (b"\x80\x04}.", "three")])
     assert next(answers) == (3.0, "")
     time.sleep(0.6)
