@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from posttrain.data.rows import read_rows
-from posttrain.data.tokenized import comparison_trees, demonstration_trees, judgement_trees, prompt_ids, text_windows
+from posttrain.data.tokenized import Row, comparison_trees, demonstration_trees, judgement_trees, prompt_ids, text_windows
 
 if TYPE_CHECKING:
     from posttrain.config import DataConfig
@@ -43,8 +43,16 @@ def load_prompts(
 ) -> tuple[list[dict[str, Any]], list[list[int]]]:
     """The prompt rows that were kept, with all their columns, and the token ids of each, what asks the assistant to speak included."""
     rows = read_rows(data, "prompt")
+    places, ids = keep_prompts(run, data, rows, chat, max_length, system_prompt, max_dropped_fraction)
+    return [rows[i] for i in places], ids
+
+
+def keep_prompts(
+    run: Run, data: DataConfig, rows: Sequence[Row], chat: Chat, max_length: int, system_prompt: str, max_dropped_fraction: float
+) -> tuple[list[int], list[list[int]]]:
+    """The places in `rows`, which were read from `data`, of the prompts that are short enough, and the token ids of each."""
     ids, kept = prompt_ids(rows, chat, max_length, system_prompt, max_dropped_fraction=max_dropped_fraction, **_kept_by(run))
-    return [rows[i] for i in kept.indices], _said(run, data, ids, kept)
+    return list(kept.indices), _said(run, data, ids, kept)
 
 
 def check_budget(trees: Sequence[Tree], max_tokens: int, what: str) -> None:

@@ -135,12 +135,11 @@ def evaluate(config: GoldConfig, run: Run) -> Path:
     from posttrain.data.rows import read_rows
 
     rows = read_rows(config.prompts, "prompt")
-    texts = read_rows(config.text, "text") if config.text.path else []
     score = resolve(config.score)
     verdicts = Verdicts()
     run.resume({}, verdicts=verdicts)
     for place in run.steps(len(config.models), unit="model"):
-        verdicts.judged.append(judge(config, run, config.names[place], config.models[place], rows, texts, score))
+        verdicts.judged.append(judge(config, run, config.names[place], config.models[place], rows, score))
         run.checkpoint(force=True)
     results = compare(verdicts.judged, [str(row.get("task", "")) for row in rows], run.seed)
     if config.reward_model.path:
@@ -150,47 +149,22 @@ def evaluate(config: GoldConfig, run: Run) -> Path:
     return path
 
 
-def judge(
-    config: GoldConfig,
-    run: Run,
-    name: str,
-    source: ModelConfig,
-    rows: Sequence[dict[str, Any]],
-    texts: Sequence[dict[str, Any]],
-    score: Any,
-) -> Judged:
+def judge(config: GoldConfig, run: Run, name: str, source: ModelConfig, rows: Sequence[dict[str, Any]], score: Any) -> Judged:
     """One model's answers with their scores, and its loss on the text. Its memory is free afterwards."""
     from posttrain.data.chat import Chat
-    from posttrain.data.tokenized import prompt_ids, text_windows
+    from posttrain.inputs import keep_prompts, load_texts
     from posttrain.models.loading import load_causal_lm
-    from posttrain.rollout.local import SamplingInterrupted, sample
+    from posttrain.rollout.experience import sample_responses
 
-    world = run.engine.world
     chat = Chat.load(source.path, config.template, revision=source.revision)
-    kept_by: dict[str, Any] = {"cache": run.cache, "world": world}
-    limits = (config.max_prompt_length, config.sampling.system_prompt)
-    prompts, kept = prompt_ids(rows, chat, *limits, max_dropped_fraction=config.max_dropped_fraction, **kept_by)
-    windows = text_windows(texts, chat, config.text_window, **kept_by)[0] if texts else []
+    limits = (config.max_prompt_length, config.sampling.system_prompt, config.max_dropped_fraction)
+    places, prompts = keep_prompts(run, config.prompts, rows, chat, *limits)
+    windows = load_texts(run, config.text, chat, config.text_window) if config.text.path else []
     model = run.engine.freeze(load_causal_lm(source, chat.tokenizer), name=name)
-    try:
-        rollout = sample(
-            model,
-            prompts,
-            config.sampling,
-            world=world,
-            seed=run.seed,
-            stop_ids=chat.end_of_turn_ids,
-            samples_per_prompt=config.samples_per_prompt,
-            decode=chat.decode,
-            progress=lambda now: run.note(f"{name}: {now}"),
-            interrupted=run.stop_requested,
-        )
-    except SamplingInterrupted:
-        run.heed_stop()
-        raise
-    asked = [rows[i] for i in kept.indices]
-    scored = world.first_says(lambda: score_responses(score, asked, rollout, chat), f"scoring {name}")
-    run.samples(sample_rows(name, asked, kept.indices, scored, rollout, run.seed))
+    rollout = sample_responses(run, model, chat, prompts, config.sampling, 0, samples_per_prompt=config.samples_per_prompt)
+    asked = [rows[i] for i in places]
+    scored = run.engine.world.first_says(lambda: score_responses(score, asked, rollout, chat), f"scoring {name}")
+    run.samples(sample_rows(name, asked, places, scored, rollout, run.seed))
     losses, tokens = text_loss(model, windows, run, config.max_tokens_per_micro_batch)
     release(model, run)
 
@@ -204,7 +178,7 @@ def judge(
     if windows:
         metrics[f"{name}/pretraining_loss"] = sum(losses) / sum(tokens)
     run.log(metrics, tokens=rollout.num_tokens + int(sum(tokens)))
-    return Judged(name, list(kept.indices), means, losses, tokens)
+    return Judged(name, places, means, losses, tokens)
 
 
 def score_responses(score: Any, rows: Sequence[dict[str, Any]], rollout: Rollout, chat: Chat) -> list[tuple[str, float]]:
@@ -286,19 +260,16 @@ def judge_reward_model(config: GoldConfig, run: Run) -> dict[str, Any]:
     import torch
 
     from posttrain.data.chat import Chat
-    from posttrain.data.rows import read_rows
-    from posttrain.data.tokenized import comparison_trees
     from posttrain.engine.inference import infer
     from posttrain.evaluation.pairs import pair_accuracy
+    from posttrain.inputs import load_comparisons
     from posttrain.models.loading import load_scalar_model
 
     chat = Chat.load(config.reward_model.path, config.template, revision=config.reward_model.revision)
     model = run.engine.freeze(load_scalar_model(config.reward_model, fresh_head=False), name="reward_model")
 
     def accuracy(data: DataConfig) -> dict[str, Any]:
-        limits: dict[str, Any] = {"max_dropped_fraction": config.max_dropped_fraction, "cache": run.cache, "world": run.engine.world}
-        trees, kept = comparison_trees(read_rows(data, "comparison"), chat, config.max_length, **limits)
-        run.say(f"{data.path}: {kept}")
+        trees = load_comparisons(run, data, chat, config.max_length, config.max_dropped_fraction)
         scores = torch.stack(infer(run.engine, model, trees, ("scores",), config.max_tokens_per_micro_batch)["scores"])
         return pair_accuracy(scores.split([tree.num_responses for tree in trees]), trees, run.seed)
 

@@ -31,7 +31,7 @@ class Experience:
 
 def sample_responses(
     run: Run,
-    policy: TrainedModel,
+    policy: FrozenModel,
     chat: Chat,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingConfig,
@@ -59,6 +59,7 @@ def sample_responses(
             first_prompt=first_prompt,
             stop_ids=chat.end_of_turn_ids,
             decode=chat.decode_response,
+            progress=lambda now: run.note(f"{policy.name}: {now}"),
             interrupted=run.stop_requested,
             on_response=on_response,
         )

@@ -65,18 +65,14 @@ class GenerateConfig:
 def generate(config: GenerateConfig, run: Run) -> Path:
     """Sample and write. Returns rows.jsonl."""
     from posttrain.data.chat import Chat
-    from posttrain.data.rows import read_rows
-    from posttrain.data.tokenized import prompt_ids
+    from posttrain.inputs import load_prompts
     from posttrain.models.loading import load_causal_lm
-    from posttrain.rollout.local import SamplingInterrupted, sample
+    from posttrain.rollout.experience import sample_responses
 
     world = run.engine.world
     chat = Chat.load(config.model.path, config.template, revision=config.model.revision)
-    rows = read_rows(config.prompts, "prompt")
-    limits = (config.max_prompt_length, config.sampling.system_prompt)
-    prompts, kept = prompt_ids(rows, chat, *limits, max_dropped_fraction=config.max_dropped_fraction, cache=run.cache, world=world)
-    run.say(f"{config.prompts.path}: {kept}")
-    rows = [rows[i] for i in kept.indices]
+    limits = (config.max_prompt_length, config.sampling.system_prompt, config.max_dropped_fraction)
+    rows, prompts = load_prompts(run, config.prompts, chat, *limits)
     partial, finished = run.folder / "rows.partial.jsonl", run.folder / "rows.jsonl"
     run.step = world.first_says(lambda: whole_chunks(partial, config.chunk_size), "reading what was written before")
     run.tracker.rewind(run.step)
@@ -84,23 +80,9 @@ def generate(config: GenerateConfig, run: Run) -> Path:
 
     for chunk in run.steps(-(-len(rows) // config.chunk_size), unit="chunk"):
         here = slice(chunk * config.chunk_size, (chunk + 1) * config.chunk_size)
-        try:
-            rollout = sample(
-                model,
-                prompts[here],
-                config.sampling,
-                world=world,
-                seed=run.seed,
-                stop_ids=chat.end_of_turn_ids,
-                samples_per_prompt=config.samples_per_prompt,
-                first_prompt=here.start,
-                decode=chat.decode,
-                progress=lambda now: run.note(str(now)),
-                interrupted=run.stop_requested,
-            )
-        except SamplingInterrupted:
-            run.heed_stop()
-            raise
+        rollout = sample_responses(
+            run, model, chat, prompts[here], config.sampling, 0, samples_per_prompt=config.samples_per_prompt, first_prompt=here.start
+        )
         answered = answered_rows(rows[here], rollout, chat)
         world.first_says(lambda: append_rows(partial, answered), "writing responses")  # noqa: B023  called at once
         run.log(summary(rollout), tokens=rollout.num_tokens)
