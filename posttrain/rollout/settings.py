@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
 
-from posttrain.config import when
+from posttrain.config import ModelConfig, did_you_mean, when
+
+if TYPE_CHECKING:
+    from posttrain.data.chat import Chat
 
 
 def rollout_problems(config: Any) -> list[str]:
@@ -53,3 +57,22 @@ def mixing_problems(config: Any) -> list[str]:
         (config.ptx_batch_size < 1, f"ptx_batch_size={config.ptx_batch_size} must be at least 1"),
         (config.ptx_window < 2, f"ptx_window={config.ptx_window} must be at least 2; 1024 works"),
     )
+
+
+def one_of(config: Any, **choices: Collection[str]) -> list[tuple[bool, str]]:
+    """Cases for `when`: fields that must be one of a few words."""
+    values = {name: getattr(config, name) for name in choices}
+    return [
+        (value not in choices[name], f"{name}={value!r} is unknown{did_you_mean(value, choices[name])}") for name, value in values.items()
+    ]
+
+
+def require_same_tokens(reward_model: ModelConfig, policy: ModelConfig, chat: Chat, template: str) -> None:
+    """Raises ValueError when the reward model reads other tokens than the policy writes."""
+    from posttrain.data.chat import Chat
+
+    if Chat.load(reward_model.path, template, revision=reward_model.revision).digest != chat.digest:
+        raise ValueError(
+            f"reward_model.path={reward_model.path!r} has another tokenizer or template than policy.path={policy.path!r}; "
+            "a reward model that started from this policy's SFT model works"
+        )

@@ -25,7 +25,7 @@ class FirstStep:
 
     def __init__(self, policy: TrainedModel, temperature: float) -> None:
         self.policy, self.temperature = policy, temperature
-        self.is_due = policy.steps == 0
+        self.is_due = self.awaits_step = policy.steps == 0
         self._checksum = 0.0
 
     @property
@@ -41,6 +41,8 @@ class FirstStep:
         if not self.is_due:
             return
         for who, logprobs in (("the sampler", sampled), ("the reference", ref_logprobs)):
+            if not len(logprobs):  # no reference
+                continue
             distance = float((logprobs - old_logprobs).abs().mean())
             if not distance < self.limit:
                 raise RuntimeError(
@@ -49,6 +51,8 @@ class FirstStep:
                 )
 
     def before(self, minibatch: PackedBatch) -> None:
+        if self.awaits_step:
+            self._checksum = self._weights()
         if not self.is_due:
             return
         tally = Tally()
@@ -63,12 +67,15 @@ class FirstStep:
                 f"before the first step {self.policy.name}'s mean |log ratio| to its own samples is {distance:.2e}, not below {limit:.0e}: "
                 "what is trained is not what was sampled from"
             )
-        self._checksum = self._weights()
 
-    def after(self, grad_norm: float | None, lr: float, stepped: bool) -> None:
-        if not self.is_due or not stepped:
+    def after(self, grad_norm: float | None, lr: float, stepped: bool, *, has_signal: bool = True) -> None:
+        """`has_signal` says that a response of the minibatch was better than another; the first such step must move the policy."""
+        if not self.awaits_step or not stepped:
             return
         self.is_due = False
+        if not has_signal:
+            return
+        self.awaits_step = False
         if lr > 0 and not (grad_norm and grad_norm > 0):
             raise RuntimeError(f"the first step of {self.policy.name} had gradient norm {grad_norm}: no response was better than another")
         if lr > 0 and self._weights() == self._checksum:

@@ -32,10 +32,18 @@ def response_trees(rollout: Rollout, chosen: Sequence[int] = (), fields: Mapping
 
 
 def minibatches(
-    rollout: Rollout, fields: Mapping[str, Tensor], minibatch_size: int, num_epochs: int, key: tuple[int, ...]
+    rollout: Rollout,
+    fields: Mapping[str, Tensor],
+    count: int,
+    num_epochs: int,
+    key: tuple[int, ...],
+    chosen: Sequence[int] | None = None,
 ) -> Iterator[list[Tree]]:
-    """`num_epochs` passes over the responses, each in an order of its own that depends on `key` only, cut into minibatches."""
+    """`num_epochs` passes over the `chosen` responses (default: all), each in an order of its own that depends on `key` only, cut
+    into `count` minibatches that are alike in size; fewer where there are fewer responses than that."""
+    indices = range(len(rollout.responses)) if chosen is None else chosen
     for epoch in range(num_epochs):
-        order = np.random.default_rng([*key, epoch]).permutation(len(rollout.responses)).tolist()
-        for first in range(0, len(order), minibatch_size):
-            yield response_trees(rollout, order[first : first + minibatch_size], fields)
+        order = np.random.default_rng([*key, epoch]).permutation(np.array(indices, dtype=np.int64))
+        for part in np.array_split(order, min(count, len(order)) or 1):
+            if len(part):
+                yield response_trees(rollout, part.tolist(), fields)

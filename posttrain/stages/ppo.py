@@ -33,7 +33,7 @@ from posttrain.config import CheckpointConfig, DataConfig, ModelConfig, Optimize
 from posttrain.controllers import KLController, RunningScale
 from posttrain.models.described import CAUSAL, REWARD, ModelUse
 from posttrain.ops import kl_k1, nll, sum_by_length, whiten
-from posttrain.rollout.settings import mixing_problems, rollout_problems
+from posttrain.rollout.settings import mixing_problems, require_same_tokens, rollout_problems
 
 if TYPE_CHECKING:
     from posttrain.data.chat import Chat
@@ -326,14 +326,9 @@ def load_models(config: PPOConfig, chat: Chat, run: Run) -> tuple[TrainedModel, 
 
     Raises ValueError when the reward model reads other tokens than the policy writes.
     """
-    from posttrain.data.chat import Chat
     from posttrain.models.loading import load_causal_lm, load_scalar_model
 
-    if Chat.load(config.reward_model.path, config.template).digest != chat.digest:
-        raise ValueError(
-            f"reward_model.path={config.reward_model.path!r} has another tokenizer or template than policy.path={config.policy.path!r}; "
-            "a reward model that started from this policy's SFT model works"
-        )
+    require_same_tokens(config.reward_model, config.policy, chat, config.template)
     shift, spread = score_scale(config)
     engine, bases = run.engine, (config.policy, chat.tokenizer)
     policy_updates = (config.num_iterations - config.critic_warmup_iterations) * config.updates_per_iteration

@@ -140,7 +140,7 @@ def test_every_response_is_in_one_minibatch_of_every_epoch():
         finished=[True] * 6,
     )
     fields = {"place": torch.arange(sum(lengths)).float()}
-    made = list(minibatches(rollout, fields, 2, 3, (7, 0)))
+    made = list(minibatches(rollout, fields, 3, 3, (7, 0)))
     assert len(made) == 9
     orders = []
     for epoch in range(3):
@@ -155,8 +155,8 @@ def test_every_response_is_in_one_minibatch_of_every_epoch():
             for i, child in zip(tree.response_ids, tree.children):
                 assert child.input_ids.tolist() == rollout.responses[i] and child.trainable.all()
                 assert child.fields["place"].tolist() == list(range(starts[i], starts[i + 1]))
-    again = list(minibatches(rollout, fields, 2, 3, (7, 0)))
-    other = list(minibatches(rollout, fields, 2, 3, (7, 1)))
+    again = list(minibatches(rollout, fields, 3, 3, (7, 0)))
+    other = list(minibatches(rollout, fields, 3, 3, (7, 1)))
 
     def ids(batches):
         return [[tree.response_ids for tree in trees] for trees in batches]
