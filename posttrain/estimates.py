@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from posttrain.config import DataConfig, ModelConfig
+from posttrain.config import DataConfig, ModelConfig, replace
 
 SAMPLE = 256
 LARGEST = 32  # rows that are looked at for their size, the longest by characters
@@ -23,18 +23,24 @@ EFFICIENCY = 0.4  # share of the matrix product's speed that a whole training st
 
 
 def rows_and_tokens(data: DataConfig, kind: str, model_path: str) -> dict[str, Any]:
-    """{"rows", "tokens"} of a source; tokens are guessed from a sample with the model's tokenizer, or from characters."""
+    """{"rows", "tokens"} of a source; tokens are guessed from a sample with the model's tokenizer, or from characters.
+
+    Of a hub set that says its size, only the sample is fetched.
+    """
     from posttrain.data.rows import read_rows
+    from posttrain.data.sources import hub_rows
 
     if data.path.startswith("@"):
         return {"rows": f"known when {data.path} has run"}
-    rows = read_rows(data, kind)
+    count = hub_rows(data)
+    rows = read_rows(replace(data, limit=min(count, SAMPLE)) if count else data, kind)
+    count = count or len(rows)
     sample = rows[:: max(1, len(rows) // SAMPLE)]
     texts = ["".join(_texts(row)) for row in sample]
     tokenizer = _tokenizer(model_path)
     lengths = [len(e.ids) for e in tokenizer.encode_batch(texts)] if tokenizer else [len(text) / 4 for text in texts]
     how = f"from {len(sample)} rows" if tokenizer else f"4 characters a token, from {len(sample)} rows"
-    return {"rows": len(rows), "tokens": round(sum(lengths) / len(lengths) * len(rows)), "tokens are": f"a guess, {how}"}
+    return {"rows": count, "tokens": round(sum(lengths) / len(lengths) * count), "tokens are": f"a guess, {how}"}
 
 
 def oversize(data: DataConfig, model: ModelConfig, template: str, max_length: int, max_tokens: int) -> list[str]:

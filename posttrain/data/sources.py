@@ -22,6 +22,7 @@ import inspect
 import itertools
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -50,16 +51,27 @@ def read_source(config: DataConfig) -> list[dict[str, Any]]:
 
 
 def read_items(config: DataConfig) -> list[Item]:
-    """The raw rows of a source with where they stand. Raises ValueError for a source without rows."""
-    name, start, stop = split_of(config.split)
-    items = _items(config.path, name)
-    if start or stop:
-        known = list(items)
-        items = iter(known[_place(start, len(known), 0) : _place(stop, len(known), len(known))])
-    result = list(itertools.islice(items, config.limit or None))
+    """The raw rows of a source with where they stand. Raises ValueError for a source without rows.
+
+    A part of a source (a slice, `limit`) is read without the rest: of a hub set, only what comes before its end is fetched.
+    """
+    split, start, stop = split_of(config.split)
+    relative = "%" in start + stop
+    size = _hub_size(config.path, split) if relative else 0
+    items: Iterable[Item] = _items(config.path, split, stream=bool(start or stop or config.limit) and (not relative or size > 0))
+    if relative and not size:  # who doesn't know how many rows there are has to count them
+        items = list(items)
+        size = len(items)
+    result = list(itertools.islice(items, *_bounds(config, size)))
     if not result:
         raise ValueError(f"{config.path} (split {config.split!r}) has no rows; at least 1 is needed")
     return result
+
+
+def hub_rows(config: DataConfig) -> int:
+    """How many rows `read_items` would give of a hub set, without reading it; 0 where the hub doesn't say, and for every other source."""
+    size = _hub_size(config.path, split_of(config.split)[0])
+    return len(range(size)[slice(*_bounds(config, size))])
 
 
 def split_of(split: str) -> tuple[str, str, str]:
@@ -86,8 +98,8 @@ def content_digest(config: DataConfig) -> str:
 # --- which kind of source a path is
 
 
-def _items(path: str, split: str) -> Iterator[Item]:
-    """All rows of a split, one after another."""
+def _items(path: str, split: str, stream: bool) -> Iterator[Item]:
+    """All rows of a split, one after another; with `stream`, those of the hub are fetched as they are asked for."""
     local = Path(path).expanduser()
     name, query = _with_query(path)
     if local.is_file():
@@ -102,7 +114,7 @@ def _items(path: str, split: str) -> Iterator[Item]:
         yield from _number(path, _call(name, query, split))
     else:
         _check_hub_name(path, name)
-        yield from _number(path, _hub_rows(name, query, split))
+        yield from _number(path, _hub_rows(name, query, split, stream))
 
 
 def _identity(path: str, split: str) -> Iterator[str]:
@@ -303,33 +315,63 @@ def gym_rows(tasks: str, query: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 # --- the hub
 
 
-def _hub_rows(name: str, query: Mapping[str, Any], split: str) -> Iterable[Any]:
+def _hub_rows(name: str, query: Mapping[str, Any], split: str, stream: bool) -> Iterable[Any]:
     import datasets
 
+    return datasets.load_dataset(name, split=split, streaming=stream, **_pinned(name, query))
+
+
+def _hub_size(path: str, split: str) -> int:
+    """How many rows a hub set says that a split of it has; 0 where it doesn't say, and for every other source."""
+    name, query = _with_query(path)
+    if Path(path).expanduser().exists() or name.startswith(_GYM + ":") or _FUNCTION.fullmatch(name):
+        return 0
+    _check_hub_name(path, name)
+    import datasets
+
+    splits = datasets.load_dataset_builder(name, **_pinned(name, query)).info.splits or {}
+    return int(splits[split].num_examples or 0) if split in splits else 0
+
+
+def _pinned(name: str, query: Mapping[str, Any]) -> dict[str, Any]:
+    """The query at the commit that `content_digest` names, whatever the hub has by now. Raises ValueError for an option that is none."""
     known = ("name", "revision", "data_dir", "data_files")
     unknown = [key for key in query if key not in known]
     if unknown:
         raise ValueError(f"{unknown[0]}={query[unknown[0]]!r} in path={name!r}{did_you_mean(unknown[0], known)}")
-    return datasets.load_dataset(name, split=split, **query)
+    return {**query, "revision": _hub_commit(name, query)}
 
 
 def _hub_commit(name: str, query: Mapping[str, Any]) -> str:
-    """The commit that the data set stands at. A revision that is a commit needs no network."""
+    """The commit that the data set stands at. A revision that is a commit needs no network. Raises ValueError."""
     revision = str(query.get("revision", ""))
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
+    commit, reason = _ask_for_commit(name, revision)
+    if reason:
+        raise ValueError(
+            f"path={name!r} is no local file, and the hub can't say its commit ({reason}); {name}?revision=COMMIT works offline"
+        )
+    return commit
+
+
+@functools.cache
+def _ask_for_commit(name: str, revision: str) -> tuple[str, str]:
+    """(commit, "") or ("", why not). Asked once: all stages of a run read one commit, and what isn't there isn't waited for again."""
     import huggingface_hub
 
     try:
-        return str(huggingface_hub.HfApi().dataset_info(name, revision=revision or None).sha)
+        return str(huggingface_hub.HfApi().dataset_info(name, revision=revision or None, timeout=10).sha), ""
     except Exception as error:  # its network library's errors have no common name
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"path={name!r} is no local file, and the hub can't say its commit ({reason}); {name}?revision=COMMIT works offline"
-        ) from None
+        return "", (str(error).strip() or type(error).__name__).partition("\n")[0]
 
 
-def _place(text: str, size: int, default: int) -> int:
-    if not text:
-        return default
+def _bounds(config: DataConfig, size: int) -> tuple[int, int]:
+    """(first, after the last) of the rows that slice and limit leave; percentages are of `size`."""
+    _, start, stop = split_of(config.split)
+    first, last = _place(start, size) if start else 0, _place(stop, size) if stop else sys.maxsize
+    return first, max(first, min(last, first + (config.limit or sys.maxsize)))
+
+
+def _place(text: str, size: int) -> int:
     return round(int(text[:-1]) / 100 * size) if text.endswith("%") else int(text)

@@ -143,22 +143,31 @@ def model_content(config: ModelConfig, contents: Contents) -> str:
     return f"{config.path} at {hub_commit(config.path, config.revision)}"
 
 
-@cache
 def hub_commit(name: str, revision: str) -> str:
     """The commit that a hub model's revision means: from the local cache, else from the hub. Raises ValueError when neither knows it."""
     revision = revision or "main"
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
+    commit, reason = _ask_for_commit(name, revision)
+    if reason:
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        raise ValueError(f"{name!r} ({revision}) is no folder, not in {HF_HUB_CACHE}, and not to be had: {reason}")
+    return commit
+
+
+@cache
+def _ask_for_commit(name: str, revision: str) -> tuple[str, str]:
+    """(commit, "") or ("", why not), asked once."""
     from huggingface_hub import HfApi, constants
 
     reference = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "refs" / revision
     if reference.exists():
-        return reference.read_text().strip()
+        return reference.read_text().strip(), ""
     try:
-        return str(HfApi().model_info(name, revision=revision, timeout=10).sha)
+        return str(HfApi().model_info(name, revision=revision, timeout=10).sha), ""
     except Exception as error:  # its network library's errors have no common name
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{name!r} ({revision}) is no folder, not in {constants.HF_HUB_CACHE}, and not to be had: {reason}") from None
+        return "", (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def text_content(value: str, contents: Contents) -> str:

@@ -8,7 +8,7 @@ import pytest
 import reasoning_gym
 
 from posttrain.config import DataConfig
-from posttrain.data.sources import content_digest, files_of_split, read_source, split_of
+from posttrain.data.sources import content_digest, files_of_split, hub_rows, read_items, read_source, split_of
 
 ROWS = [{"text": "one\u2028line", "n": 1}, {"text": "zwei", "n": 2}, {"text": "trois", "n": 3}]
 
@@ -203,3 +203,113 @@ def test_reasoning_gym_tasks_take_turns_and_their_answers_score():
 def test_reasoning_gym_options_are_checked(path, message):
     with pytest.raises(ValueError, match=message):
         read_source(DataConfig(path=path))
+
+
+# --- the hub, played by local parquet shards
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> dict:
+    """A hub set "someone/rows" of 4 shards with 25 rows each, read by `datasets` itself; what was asked of it."""
+    import datasets
+    import huggingface_hub
+    import pyarrow
+    import pyarrow.parquet
+
+    from posttrain.data import sources
+
+    shards = [tmp_path / f"shard{k}.parquet" for k in range(4)]
+    for k, shard in enumerate(shards):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"n": n} for n in range(25 * k, 25 * k + 25)]), shard)
+    asked: dict = {"loads": [], "commits": 0, "shards": shards, "known_size": True}
+    load = datasets.load_dataset
+
+    def load_dataset(name, *, split, streaming, **query):
+        assert name == "someone/rows"
+        asked["loads"].append({"split": split, "streaming": streaming, **query})
+        cache = str(tmp_path / "cache")
+        return load("parquet", data_files={split: list(map(str, shards))}, split=split, streaming=streaming, cache_dir=cache)
+
+    def dataset_info(self, name, **options):
+        asked["commits"] += 1
+        return type("Info", (), {"sha": "c" * 40})
+
+    class Builder:
+        def __init__(self, name, **query):
+            count = datasets.SplitInfo(name="train", num_examples=100)
+            self.info = datasets.DatasetInfo(splits=datasets.SplitDict({"train": count}) if asked["known_size"] else None)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", Builder)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    sources._ask_for_commit.cache_clear()
+    yield asked
+    sources._ask_for_commit.cache_clear()
+
+
+def numbers(**config) -> list[int]:
+    return [row["n"] for row in read_source(DataConfig(path="someone/rows", **config))]
+
+
+def test_a_part_of_a_hub_set_is_read_without_the_rest(hub):
+    whole = [shard.read_bytes() for shard in hub["shards"]]
+    for shard in hub["shards"][2:]:
+        shard.write_bytes(b"whoever opens this fails")
+    assert numbers(split="train[30:33]") == [30, 31, 32]
+    assert numbers(limit=2) == [0, 1]
+    assert numbers(split="train[10%:]", limit=3) == [10, 11, 12]
+    assert numbers(split="train[20%:22%]") == [20, 21]
+    assert all(load["streaming"] for load in hub["loads"])
+    assert read_items(DataConfig(path="someone/rows", split="train[30:33]"))[0].number == 31  # where it stands in the whole
+    for shard, content in zip(hub["shards"], whole):
+        shard.write_bytes(content)
+    assert numbers() == list(range(100)) and not hub["loads"][-1]["streaming"]
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"limit": 7}, {"split": "train[90%:]"}, {"split": "train[98:]", "limit": 7}, {"split": "train[:3]"}]
+)
+def test_the_number_of_rows_of_a_hub_set_is_known_before_it_is_read(hub, config):
+    count = hub_rows(DataConfig(path="someone/rows", **config))
+    assert not hub["loads"] and count == len(numbers(**config))
+    assert hub_rows(DataConfig(path=f"{__name__}:one_split")) == 0
+
+
+def test_a_plan_fetches_a_sample_of_a_hub_set(hub, monkeypatch):
+    from posttrain import estimates
+
+    monkeypatch.setattr(estimates, "SAMPLE", 10)
+    size = estimates.rows_and_tokens(DataConfig(path="someone/rows", format=f"{__name__}:number_as_text"), "text", "")
+    assert size["rows"] == 100 and size["tokens"] == 100 and hub["loads"][-1]["streaming"]
+
+
+def number_as_text(row: dict) -> dict:
+    return {"text": f"{row['n']:4d}"}
+
+
+def test_a_hub_set_that_does_not_say_its_size_is_counted(hub):
+    hub["known_size"] = False
+    assert numbers(split="train[98%:]") == [98, 99] and not hub["loads"][-1]["streaming"]
+
+
+def test_rows_are_those_of_the_commit_that_the_digest_names_and_the_hub_is_asked_once(hub):
+    before = content_digest(DataConfig(path="someone/rows"))
+    numbers(), numbers(limit=1), numbers(split="train[:10%]")
+    assert {load["revision"] for load in hub["loads"]} == {"c" * 40} and hub["commits"] == 1
+    assert content_digest(DataConfig(path=f"someone/rows?revision={'c' * 40}")) != before  # the path itself counts, too
+    numbers_of_another = DataConfig(path=f"someone/rows?revision={'d' * 40}", limit=1)
+    read_source(numbers_of_another)
+    assert hub["loads"][-1]["revision"] == "d" * 40 and hub["commits"] == 1
+    with pytest.raises(ValueError, match=r"nmae='x' in path='someone/rows'; did you mean 'name'"):
+        read_source(DataConfig(path="someone/rows?nmae=x"))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    from posttrain.data import sources
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"path='nobody/nothing' is no local file, and the hub can't say its commit"):
+            content_digest(DataConfig(path="nobody/nothing"))
+    assert sources._ask_for_commit.cache_info().hits == 1
+    sources._ask_for_commit.cache_clear()
