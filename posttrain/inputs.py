@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from posttrain.data.rows import read_rows
-from posttrain.data.tokenized import Row, comparison_trees, demonstration_trees, judgement_trees, prompt_ids, text_windows
+from posttrain.data.tokenized import Row, comparison_trees, demonstration_trees, judgement_trees, prompt_ids, rows_digest, text_windows
 
 if TYPE_CHECKING:
     from posttrain.config import DataConfig
@@ -15,26 +15,55 @@ if TYPE_CHECKING:
     from posttrain.run import Run
 
 
+def read_alike(run: Run, data: DataConfig, kind: str) -> list[dict[str, Any]]:
+    """The rows of a source, proven to be the same on every rank.
+
+    Raises ValueError on every rank where they differ (an unseeded generator, another file on another machine), or where
+    one rank can't read them.
+    """
+    world = run.engine.world
+    if world.size == 1:
+        return read_rows(data, kind)
+    rows: list[dict[str, Any]] = []
+    failure = ""
+    try:
+        rows = read_rows(data, kind)
+    except ValueError as error:
+        failure = str(error)
+    said = world.gather((failure, rows_digest(rows)), f"comparing the rows of {data.path}")
+    failures = {text: rank for rank, (text, _) in reversed(list(enumerate(said))) if text}
+    if failures:
+        everywhere = len(failures) == 1 and all(text for text, _ in said)
+        raise ValueError("\n".join(text if everywhere else f"on rank {rank}: {text}" for text, rank in failures.items()))
+    other = next((rank for rank, (_, digest) in enumerate(said) if digest != said[0][1]), 0)
+    if other:
+        raise ValueError(
+            f"{data.path} ({data.split}) has other rows on rank {other} than on rank 0; a generator that makes the same rows in "
+            "every process (seeded), or one file that all machines share, works"
+        )
+    return rows
+
+
 def load_demonstrations(run: Run, data: DataConfig, chat: Chat, max_length: int, max_dropped_fraction: float) -> list[Tree]:
     """One root per conversation, the assistant's tokens trained."""
-    rows = read_rows(data, "demonstration")
+    rows = read_alike(run, data, "demonstration")
     return _said(run, data, *demonstration_trees(rows, chat, max_length, max_dropped_fraction=max_dropped_fraction, **_kept_by(run)))
 
 
 def load_texts(run: Run, data: DataConfig, chat: Chat, window: int) -> list[Tree]:
     """Windows of `window` tokens over all documents, every token but the first trained."""
-    return _said(run, data, *text_windows(read_rows(data, "text"), chat, window, **_kept_by(run)))
+    return _said(run, data, *text_windows(read_alike(run, data, "text"), chat, window, **_kept_by(run)))
 
 
 def load_comparisons(run: Run, data: DataConfig, chat: Chat, max_length: int, max_dropped_fraction: float) -> list[Tree]:
     """One tree per comparison: the prompt, its K responses, their ranks."""
-    rows = read_rows(data, "comparison")
+    rows = read_alike(run, data, "comparison")
     return _said(run, data, *comparison_trees(rows, chat, max_length, max_dropped_fraction=max_dropped_fraction, **_kept_by(run)))
 
 
 def load_judgements(run: Run, data: DataConfig, chat: Chat, max_length: int, max_dropped_fraction: float) -> list[Tree]:
     """One tree per judgement: the prompt and its response, ranked 0 where it is desirable and 1 where it is not."""
-    rows = read_rows(data, "judgement")
+    rows = read_alike(run, data, "judgement")
     return _said(run, data, *judgement_trees(rows, chat, max_length, max_dropped_fraction=max_dropped_fraction, **_kept_by(run)))
 
 
@@ -42,7 +71,7 @@ def load_prompts(
     run: Run, data: DataConfig, chat: Chat, max_length: int, system_prompt: str, max_dropped_fraction: float
 ) -> tuple[list[dict[str, Any]], list[list[int]]]:
     """The prompt rows that were kept, with all their columns, and the token ids of each, what asks the assistant to speak included."""
-    rows = read_rows(data, "prompt")
+    rows = read_alike(run, data, "prompt")
     places, ids = keep_prompts(run, data, rows, chat, max_length, system_prompt, max_dropped_fraction)
     return [rows[i] for i in places], ids
 

@@ -132,9 +132,9 @@ class Verdicts:
 
 def evaluate(config: GoldConfig, run: Run) -> Path:
     """Sample, score, measure, compare. Returns results.json."""
-    from posttrain.data.rows import read_rows
+    from posttrain.inputs import read_alike
 
-    rows = read_rows(config.prompts, "prompt")
+    rows = read_alike(run, config.prompts, "prompt")
     score = resolve(config.score)
     verdicts = Verdicts()
     run.resume({}, verdicts=verdicts)
