@@ -24,10 +24,12 @@ class Reference(NamedTuple):
 
 def no_reference() -> Reference:
     """0 for every response."""
-    return Reference(
-        lambda micro: torch.zeros_like(micro.response_ids, dtype=torch.float64),
-        lambda step, trees: torch.zeros(sum(tree.num_responses for tree in trees), dtype=torch.float64),
-    )
+    return Reference(lambda micro: torch.zeros_like(micro.response_ids, dtype=torch.float64), lambda step, trees: zeros(trees))
+
+
+def zeros(trees: Sequence[Tree]) -> Tensor:
+    """0 for every response of the trees (B,)."""
+    return torch.zeros(sum(tree.num_responses for tree in trees), dtype=torch.float64)
 
 
 def live(run: Run, model: FrozenModel, max_tokens: int) -> Reference:

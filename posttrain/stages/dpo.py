@@ -530,28 +530,25 @@ class HeldOut:
     """Held-out rows, with their log-probabilities under the policy that the stage starts from."""
 
     def __init__(self, config: DPOConfig, run: Run, policy: TrainedModel, trees: Sequence[Tree]) -> None:
-        from posttrain.reference import starting_logprobs
+        from posttrain.reference import starting_logprobs, zeros
 
         self.config, self.run, self.policy, self.trees = config, run, policy, trees
+        self.lengths = torch.tensor([float(child.trainable.sum()) for tree in trees for child in tree.children]).double().clamp(min=1)
         ends = list(accumulate(tree.num_responses for tree in trees))
         self.groups = [(tree, slice(end - tree.num_responses, end)) for tree, end in zip(trees, ends)]
-        children = [child for tree in trees for child in tree.children]
-        self.lengths = torch.tensor([float(child.trainable.sum()) for child in children], dtype=torch.float64).clamp(min=1)
-        pairs = mismatched(trees, longest_row(trees)) if trees and config.is_unpaired else []
-        self.ref_logprobs, self.ref_mismatched = (
-            starting_logprobs(run, policy, part if config.needs_reference else [], config.max_tokens_per_micro_batch)
-            for part in (trees, pairs)
-        )
+        self.longest = longest_row(trees) if trees else 0
+        pairs = mismatched(trees, self.longest) if config.is_unpaired else []
+        known = partial(starting_logprobs, run, policy, max_tokens=config.max_tokens_per_micro_batch) if config.needs_reference else zeros
+        self.ref_logprobs, self.ref_mismatched = known(trees), known(pairs)
 
     def measure(self) -> dict[str, float]:
         """Loss, accuracy and margin over all of them."""
         from posttrain.engine.kept import sequence_logprobs
 
-        config, longest = self.config, longest_row(self.trees)
+        config = self.config
         logprobs = sequence_logprobs(self.run.engine, self.policy, self.trees, config.max_tokens_per_micro_batch)
-        log_ratios, _ = mismatched_log_ratios(config, self.run, self.policy, self.trees, longest, lambda pairs: self.ref_mismatched)
-        ref_logprobs = self.ref_logprobs if config.needs_reference else torch.zeros_like(logprobs)
-        responses = Responses(logprobs, ref_logprobs, self.lengths, self.groups)
+        log_ratios, _ = mismatched_log_ratios(config, self.run, self.policy, self.trees, self.longest, lambda pairs: self.ref_mismatched)
+        responses = Responses(logprobs, self.ref_logprobs, self.lengths, self.groups)
         loss, sums = objective_of(config, self.trees, log_ratios)(responses)
         means = summary({name: float(value) for name, value in sums.items()})
         return {
