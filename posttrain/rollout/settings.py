@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config import ModelConfig, did_you_mean, when
+from posttrain.models.quantized import quantize_problems
 
 if TYPE_CHECKING:
     from posttrain.data.chat import Chat
@@ -17,7 +18,12 @@ def rollout_problems(config: Any) -> list[str]:
     longest = max(sampled, config.ptx_window if config.ptx_coef else 0)
     divisors = [n for n in range(1, max(1, config.rollout_batch_size) + 1) if config.rollout_batch_size % n == 0]
     nearest = min(divisors, key=lambda n: abs(n - config.minibatch_size))
-    return when(
+    adapter = config.policy.adapter
+    return [f"policy.{text}" for text in quantize_problems(adapter)] + when(
+        (
+            adapter.dropout > 0,
+            f"policy.adapter.dropout={adapter.dropout}: only SFT trains with dropout, ratios would not start at 1; 0 works",
+        ),
         (not config.policy.path, "policy.path is empty; a model folder, a hub id or '@stage' works"),
         (not config.prompts.path, "prompts.path is empty; a file, a hub id, 'package.module:generator' or '@stage' works"),
         (config.num_iterations < 1, f"num_iterations={config.num_iterations} must be at least 1"),

@@ -439,12 +439,15 @@ def load_models(config: GRPOConfig, chat: Chat, run: Run) -> tuple[TrainedModel,
     """
     from posttrain.models.loading import load_causal_lm, load_scalar_model
 
-    engine, bases = run.engine, (config.policy, chat.tokenizer)
+    engine = run.engine
     if config.reward_model.path:
         require_same_tokens(config.reward_model, config.policy, chat, config.template)
     updates = config.num_iterations * config.updates_per_iteration
-    policy = engine.train(load_causal_lm(*bases), config.optimizer, updates, name="policy", ema_decay=config.ema_decay)
-    reference = engine.reference(policy, lambda: load_causal_lm(*bases)) if config.objective.kl != "none" else None
+    module = load_causal_lm(config.policy, chat.tokenizer, seed=run.seed)
+    policy = engine.train(module, config.optimizer, updates, name="policy", ema_decay=config.ema_decay)
+    reference = None
+    if config.objective.kl != "none":
+        reference = engine.reference(policy, lambda: load_causal_lm(config.policy, chat.tokenizer))
     if not config.reward_model.path:
         return policy, reference, None
     return policy, reference, engine.freeze(load_scalar_model(config.reward_model, fresh_head=False), name="reward_model")

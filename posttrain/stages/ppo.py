@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -326,24 +326,32 @@ def load_models(config: PPOConfig, chat: Chat, run: Run) -> tuple[TrainedModel, 
 
     Raises ValueError when the reward model reads other tokens than the policy writes.
     """
-    from posttrain.models.loading import load_causal_lm, load_scalar_model
+    from posttrain.models.loading import load_causal_lm
 
     require_same_tokens(config.reward_model, config.policy, chat, config.template)
-    shift, spread = score_scale(config)
-    engine, bases = run.engine, (config.policy, chat.tokenizer)
+    shift_and_spread = score_scale(config)
+    engine, modules = run.engine, read_models(config, chat, run)
     policy_updates = (config.num_iterations - config.critic_warmup_iterations) * config.updates_per_iteration
     critic_updates = config.num_iterations * config.updates_per_iteration
+    policy = engine.train(next(modules), config.policy_optimizer, policy_updates, name="policy", ema_decay=config.ema_decay)
+    reference = engine.reference(policy, lambda: load_causal_lm(config.policy, chat.tokenizer))
+    critic = engine.train(next(modules), config.critic_optimizer, critic_updates, name="critic")
+    reward_model = engine.freeze(next(modules), name="reward_model")
+    critic.module.calibration = reward_model.module.calibration = shift_and_spread
+    return policy, reference, critic, reward_model
 
-    def judge() -> PackedModel:
-        module = load_scalar_model(config.reward_model, fresh_head=False, seed=run.seed)
-        module.calibration = shift, spread
-        return module
 
-    # each is handed over before the next one is read: under ZeRO-3 only one of them is ever whole
-    policy = engine.train(load_causal_lm(*bases), config.policy_optimizer, policy_updates, name="policy", ema_decay=config.ema_decay)
-    reference = engine.reference(policy, lambda: load_causal_lm(*bases))
-    critic = engine.train(judge(), config.critic_optimizer, critic_updates, name="critic")
-    return policy, reference, critic, engine.freeze(judge(), name="reward_model")
+def read_models(config: PPOConfig, chat: Chat, run: Run) -> Iterator[PackedModel]:
+    """Policy, critic and reward model: adapters over one base, or each read when the one before was handed over, so that under
+    ZeRO-3 only one of them is ever whole."""
+    from posttrain.models.loading import load_causal_lm, load_roles, load_scalar_model
+
+    if config.policy.adapter.rank:
+        yield from load_roles(config.policy, config.reward_model, chat.tokenizer, seed=run.seed)
+        return
+    yield load_causal_lm(config.policy, chat.tokenizer)
+    for _ in range(2):
+        yield load_scalar_model(config.reward_model, fresh_head=False, seed=run.seed)
 
 
 def score_scale(config: PPOConfig) -> tuple[float, float]:
