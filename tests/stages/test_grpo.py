@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from posttrain.config import CheckpointConfig, ModelConfig, OptimizerConfig, SamplingConfig, gather_problems, replace, to_json
+from posttrain.config import (
+    AdapterConfig,
+    CheckpointConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    gather_problems,
+    replace,
+    to_json,
+)
 from posttrain.data.chat import Chat
 from posttrain.data.sampler import Sampler
 from posttrain.models.loading import load_causal_lm
@@ -388,6 +397,17 @@ def test_rule_08_on_zero2(config, tmp_path):
     job = dict(stage=STAGE, config=to_json(config))
     run_pair("zero2", "tests.runs:run_job", **job, folder=str(tmp_path / "straight"))
     run_pair("zero2", "tests.runs:run_job", **job, folder=str(tmp_path / "killed"), deaths=[2, 3, 0])
+    identical(tmp_path / "killed", tmp_path / "straight", 3)
+
+
+def test_rule_16_a_lora_policy_starts_as_its_reference_and_resumes_bit_for_bit(config, tmp_path):
+    config = everything(config)
+    config = replace(config, policy=replace(config.policy, adapter=AdapterConfig(rank=4)), num_iterations=3)
+    run_stage(train, config, tmp_path / "straight")
+    lines = metrics(tmp_path / "straight")
+    assert lines[0]["kl"] == 0 and lines[-1]["kl_k3"] > 1e-4
+    run_stage(train, config, tmp_path / "killed", dies_at=2)
+    run_stage(train, config, tmp_path / "killed")
     identical(tmp_path / "killed", tmp_path / "straight", 3)
 
 

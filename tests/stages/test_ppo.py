@@ -26,6 +26,8 @@ from posttrain.rollout.start_checks import FirstStep
 from posttrain.rollout.trees import response_trees
 from posttrain.run import Stopped
 from posttrain.stages.ppo import PPOConfig, ScoreConfig, policy_loss, train
+from tests.engine.adapter_jobs import LORA, export_reward_model
+from tests.engine.jobs import alone
 from tests.pairs import BACKENDS, run_pair
 from tests.runs import LINEAR, STEP, close, logged, metrics, nearly, open_run, reward_folder, run_stage, same, weights, write_rows
 from tests.stages.test_ppo_equations import slow_gae
@@ -463,6 +465,41 @@ def test_rule_24_a_stop_while_sampling_saves_the_iterations_start(config, tmp_pa
     assert stopped.value.code == 143 and "step_000000" in stopped.value.message
     resumed = run_stage(train, config, tmp_path / "stopped")
     identical(resumed.parent, straight.parent, 2)
+
+
+# --- adapters
+
+
+def adapted(config: PPOConfig, place: Path) -> PPOConfig:
+    """LoRA policy and critic; the reward model is an adapter of the policy's base, trained a little."""
+    alone(export_reward_model, folder=config.policy.path, out=str(place), merge=False)
+    return replace(config, policy=replace(config.policy, adapter=LORA), reward_model=ModelConfig(path=str(place), adapter=LORA))
+
+
+def test_rule_16_four_models_over_one_base_start_as_one_policy_and_leave_the_base_alone(config, tmp_path):
+    config = adapted(several(config, num_iterations=3), tmp_path / "judge")
+    trained = run_stage(train, config, tmp_path / "ppo")
+    lines = metrics(tmp_path / "ppo")
+    assert lines[0]["kl"] == 0 and lines[-1]["kl_k3"] > 1e-4  # the reference has stayed where it was
+    start, end = weights(Path(config.policy.path)), weights(trained)
+    changed = {name for name in start if not torch.equal(start[name], end[name])}
+    assert changed == {name for name in start if "_proj" in name}
+
+
+def test_rule_08_with_adapters(config, tmp_path):
+    config = replace(adapted(everything(config), tmp_path / "judge"), num_iterations=3)
+    run_stage(train, config, tmp_path / "straight")
+    run_stage(train, config, tmp_path / "killed", dies_at=2)
+    run_stage(train, config, tmp_path / "killed")
+    identical(tmp_path / "killed", tmp_path / "straight", 3)
+
+
+@pytest.mark.parametrize("backend", ("zero2", "zero3"))
+def test_rule_01_nothing_depends_on_the_ranks_with_adapters(config, tmp_path, backend):
+    config = adapted(several(config), tmp_path / "judge")
+    expected = run_stage(train, config, tmp_path / "alone")
+    run_pair(backend, "tests.runs:run_job", stage=STAGE, config=to_json(config), folder=str(tmp_path / backend))
+    alike(tmp_path / backend, expected.parent)
 
 
 # --- options and the whole
