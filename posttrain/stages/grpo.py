@@ -346,6 +346,10 @@ def train(config: GRPOConfig, run: Run) -> Path:
             # 3. epochs of minibatches: exactly ONE optimizer step per minibatch
             tally, log, began, done, tokens = Tally(), UpdateLog(), time.monotonic(), 0, sampled.rollout.num_tokens
             chosen = counts.nonzero().squeeze(-1).tolist()
+            if not chosen:
+                run.warn(
+                    "an iteration had no response to learn from: all were truncated or unscored; a larger sampling.max_new_tokens helps"
+                )
             shares = config.updates_per_epoch, config.num_epochs, (run.seed, iteration), chosen
             for trees in minibatches(judged.rollout, fields, *shares):
                 minibatch = engine.pack(trees, budget, splittable=True)

@@ -36,6 +36,7 @@ from tests.runs import LINEAR, close, logged, metrics, nearly, open_run, reward_
 from tests.stages import reward_functions
 from tests.stages.test_ppo import moved, norm, policy_folder, slow_logprobs, text_gradient
 from tests.stages.worlds import conversations, prompts, texts
+from tests.tiny import tiny_folder
 
 STEADY = OptimizerConfig(lr=1e-2, eps=1e-4, weight_decay=0.1, schedule="constant")
 STAGE = "posttrain.stages.grpo:train"
@@ -182,6 +183,14 @@ def test_truncated_responses_are_not_trained_but_compared_with(config, tmp_path)
     (sum(kept) / len(kept)).backward()
     trained = run_stage(train, config, tmp_path / "grpo")
     close(moved(config.policy.path, trained), {name: p.grad for name, p in policy.named_parameters()}, rtol=1e-4, atol=3e-6)
+
+
+def test_an_iteration_without_a_response_to_learn_from_changes_nothing_and_says_so(config, tmp_path, capsys):
+    never = tiny_folder(tmp_path / "never")
+    config = replace(config, policy=ModelConfig(path=str(never)), sampling=SamplingConfig(max_new_tokens=3), mask_truncated=True)
+    still = run_stage(train, several(config, num_iterations=2), tmp_path / "grpo")
+    assert same(weights(still), weights(never)) and "no response to learn from" in capsys.readouterr().out
+    assert [line["share_finished"] for line in metrics(tmp_path / "grpo")] == [0, 0]
 
 
 # --- rewards
