@@ -44,7 +44,7 @@ def with_variants(recipe: InstructGPT, control_epochs: float = 0.0) -> Pipeline:
     whole = build(recipe)
     pipeline = Pipeline("alignment_tax", recipe.output_dir, seed=recipe.seed)
     stages = {stage.name: stage for stage in whole.stages}
-    for name in ("world", "base", "sft", "candidates", "comparisons", "reward_model"):
+    for name in ("world", "base", "sft", "candidates", "labels", "reward_model"):
         pipeline.stage(name, stages[name].function, stages[name].config)
     config = stages["ppo"].config
     handles = {

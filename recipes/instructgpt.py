@@ -1,7 +1,7 @@
 """InstructGPT (arXiv 2203.02155), end to end: pretraining gradients included, one file.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/instructgpt.py tiny
-    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/instructgpt.py smollm2 --data-dir ../shared/data
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/instructgpt.py smollm2 --smoke
     accelerate launch --config_file accelerate_configs/zero3.yaml recipes/instructgpt.py llama-8b
 
 Every field of a preset is an option: `--ppo.kl-coef 0.05`. `--plan` shows what would run, and runs nothing.
@@ -11,113 +11,54 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from posttrain.config import AdapterConfig, DataConfig, ModelConfig, OptimizerConfig, SamplingConfig, runtime
-from posttrain.evaluation import gold
+from posttrain.config import DataConfig, ModelConfig, OptimizerConfig, SamplingConfig, runtime
 from posttrain.evaluation.gold import GoldConfig
 from posttrain.pipeline import Pipeline, main
-from posttrain.rewards import labelling
-from posttrain.rewards.labelling import LabelConfig
-from posttrain.rollout import generate
-from posttrain.rollout.generate import GenerateConfig
 from posttrain.stages import ppo, reward_model, sft
 from posttrain.stages.ppo import PPOConfig, ScoreConfig
 from posttrain.stages.reward_model import RewardModelConfig
 from posttrain.stages.sft import SFTConfig
-from recipes import tiny_world
-from recipes.tiny_world import WorldConfig
+from recipes import begin
+from recipes.begin import TEXT, WORLD, Beginning, at, base_model, compare, labelled_samples
 
 
 @dataclass(frozen=True, kw_only=True)
-class InstructGPT:
+class InstructGPT(Beginning):
     """SFT -> reward model -> PPO-ptx -> evaluation."""
 
     output_dir: str = runtime("runs/instructgpt")
-    seed: int = 0
-    pretrain: bool = False
-    """Begin with a blank model, pretrained here, instead of `sft.model`."""
-    rank_own_samples: bool = False
-    """Have a scoring function rank samples of the SFT model, instead of reading comparisons."""
-    world: WorldConfig = field(default_factory=WorldConfig)
-    pretraining: SFTConfig = field(default_factory=SFTConfig)
-    sft: SFTConfig = field(default_factory=SFTConfig)
-    candidates: GenerateConfig = field(default_factory=GenerateConfig)
-    labels: LabelConfig = field(default_factory=LabelConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
-    evaluation: GoldConfig = field(default_factory=GoldConfig)
-
-
-def at(model: ModelConfig, path: str) -> ModelConfig:
-    """A stage's own model settings (dtype, checkpointing, attention) on the output of another stage."""
-    return replace(model, path=path)
 
 
 def build(recipe: InstructGPT) -> Pipeline:
     pipeline = Pipeline("instructgpt", recipe.output_dir, seed=recipe.seed)
-    base = recipe.sft.model
-    if recipe.pretrain:
-        world = pipeline.stage("world", tiny_world.make_world, recipe.world)
-        trained = pipeline.stage("base", sft.train, replace(recipe.pretraining, model=at(recipe.pretraining.model, f"{world}/model")))
-        base = replace(base, path=trained)
+    base = base_model(pipeline, recipe)
     policy = pipeline.stage("sft", sft.train, replace(recipe.sft, model=base))
 
-    judged = recipe.reward_model
-    comparisons, noisy = recipe.evaluation.comparisons, recipe.evaluation.noisy_comparisons
-    if recipe.rank_own_samples:
-        responses = pipeline.stage("candidates", generate.generate, replace(recipe.candidates, model=at(recipe.candidates.model, policy)))
-        labels = replace(recipe.labels, responses=DataConfig(path=responses))
-        folder = pipeline.stage("comparisons", labelling.label, labels)
-        noisy, comparisons = DataConfig(path=folder, split="validation"), DataConfig(path=folder, split="validation_clean")
-        judged = replace(judged, data=DataConfig(path=folder), validation=noisy)
+    judged, evaluation = recipe.reward_model, recipe.evaluation
+    if recipe.label_own_samples:
+        rows, noisy, clean = labelled_samples(pipeline, recipe, policy)
+        judged = replace(judged, data=rows, validation=noisy)
+        evaluation = replace(evaluation, comparisons=clean, noisy_comparisons=noisy)
     judge = pipeline.stage("reward_model", reward_model.train, replace(judged, model=at(judged.model, policy)))
+    if evaluation.comparisons.path:
+        evaluation = replace(evaluation, reward_model=ModelConfig(path=judge))
 
     last = replace(recipe.ppo, policy=at(recipe.ppo.policy, policy), reward_model=at(recipe.ppo.reward_model, judge))
     final = pipeline.stage("ppo", ppo.train, last)
-    models = tuple(replace(model, adapter=AdapterConfig()) for model in (base, at(base, policy), at(recipe.ppo.policy, final)))
-    evaluation = replace(recipe.evaluation, models=models, names=("base", "sft", "ppo"))
-    if comparisons.path:
-        evaluation = replace(evaluation, reward_model=ModelConfig(path=judge), comparisons=comparisons, noisy_comparisons=noisy)
-    pipeline.stage("evaluation", gold.evaluate, evaluation)
+    compare(pipeline, evaluation, {"base": base.path, "sft": policy, "ppo": final}, like=base)
     return pipeline
 
 
-WORLD = "@world"
-TEXT, HELD_OUT_TEXT = (DataConfig(path=f"{WORLD}/text", split=split) for split in ("train", "validation"))
-
+MORE = replace(
+    begin.TINY,
+    pretraining=replace(begin.TINY.pretraining, validation=replace(TEXT, split="validation"), epochs=2.2, evaluate_every=300),
+    sft=replace(begin.TINY.sft, epochs=7, evaluate_every=50, patience=2),
+)
 TINY = InstructGPT(
+    **vars(MORE),
     output_dir="runs/tiny",
-    pretrain=True,
-    rank_own_samples=True,
-    pretraining=SFTConfig(
-        data=TEXT,
-        validation=HELD_OUT_TEXT,
-        row_type="text",
-        max_length=128,
-        batch_size=10,
-        epochs=2.2,
-        evaluate_every=300,
-        optimizer=OptimizerConfig(lr=2e-3, warmup_steps=30),
-    ),
-    sft=SFTConfig(
-        data=DataConfig(path=f"{WORLD}/demonstrations"),
-        validation=DataConfig(path=f"{WORLD}/demonstrations", split="validation"),
-        pretraining=TEXT,
-        ptx_coef=0.5,
-        ptx_batch_size=4,
-        ptx_window=64,
-        max_length=128,
-        batch_size=48,
-        epochs=7,
-        evaluate_every=50,
-        patience=2,
-        optimizer=OptimizerConfig(lr=2e-3, warmup_steps=20),
-    ),
-    candidates=GenerateConfig(
-        prompts=DataConfig(path=f"{WORLD}/labelling", limit=3000),
-        sampling=SamplingConfig(max_new_tokens=32),
-        max_prompt_length=96,
-    ),
-    labels=LabelConfig(score="recipes.tiny_world:score", noise=0.1),
     reward_model=RewardModelConfig(
         demonstrations=DataConfig(path=f"{WORLD}/demonstrations", split="validation"),
         max_length=128,
@@ -142,15 +83,6 @@ TINY = InstructGPT(
         score=ScoreConfig(scaling="calibration", missing_eos_score=-2.0),
         policy_optimizer=OptimizerConfig(lr=1.5e-4, schedule="constant", warmup_steps=5),
         critic_optimizer=OptimizerConfig(lr=1e-3, schedule="constant"),
-    ),
-    evaluation=GoldConfig(
-        prompts=DataConfig(path=f"{WORLD}/prompts", split="test"),
-        score="recipes.tiny_world:score",
-        sampling=SamplingConfig(max_new_tokens=32),
-        text=DataConfig(path=f"{WORLD}/text", split="test"),
-        text_window=128,
-        max_prompt_length=96,
-        max_length=128,
     ),
 )
 

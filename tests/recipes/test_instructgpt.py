@@ -15,7 +15,7 @@ from recipes import instructgpt, sft
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs/cpu.yaml")]
-STAGES = ["world", "base", "sft", "candidates", "comparisons", "reward_model", "ppo", "evaluation"]
+STAGES = ["world", "base", "sft", "candidates", "labels", "reward_model", "ppo", "evaluation"]
 
 
 def run(*arguments: str, launch: bool = False) -> subprocess.CompletedProcess[str]:
