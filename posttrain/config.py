@@ -396,8 +396,6 @@ class CheckpointConfig:
     """Newest checkpoints kept, the best one beside them."""
     grace_seconds: float = runtime(25.0)
     """Time to end in after SIGTERM; torch elastic kills after 30."""
-    restart_optimizer: bool = runtime(False)
-    """Continue from a checkpoint's weights only, which also works with another backend or number of ranks."""
 
     def problems(self) -> list[str]:
         return when(

@@ -21,7 +21,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from posttrain.engine import Engine, TrainedModel
     from posttrain.progress import Progress
     from posttrain.tracking import Tracker
+
+
+USED = "used.json"  # what a stage without checkpoints has used so far
 
 
 class Stateful(Protocol):
@@ -81,6 +84,7 @@ class Run:
     engine: Engine
     tracker: Tracker
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    restart_optimizer: bool = False
     identity: str = ""
     step: int = 0
     total: int = 0
@@ -116,7 +120,7 @@ class Run:
         """The newest good checkpoint, looked for once. Raises ValueError when it needs another launch than this one."""
         if self._newest is None:
             self._newest = self.engine.newest_good(self.folder / "checkpoints")
-            if self._newest and not self.checkpoints.restart_optimizer:
+            if self._newest and not self.restart_optimizer:
                 self.engine.check(self._newest)
         return self._newest
 
@@ -129,12 +133,21 @@ class Run:
         self._models, self._objects, self._registered = dict(models), objects, True
         newest = self.find_checkpoint()
         if newest is not None:
-            self._load_state(self.engine.load(newest, self._models, restart_optimizer=self.checkpoints.restart_optimizer))
+            self._load_state(self.engine.load(newest, self._models, restart_optimizer=self.restart_optimizer))
             self.say(f"{self.name}: resumes at step {self.step} from {newest}")
         self.tracker.rewind(self.step)
         self._keep_samples(self.step)
         self._start_state = self._objects_state()
         return self.step
+
+    def resume_after(self, step: int) -> None:
+        """For a stage whose results on disk say themselves how far it got: go on after `step` steps, with what they have used."""
+        self.step = step
+        used = self.folder / USED
+        if step and used.exists():
+            self.counters = Counters(**json.loads(used.read_text(encoding="utf-8")))
+        self.tracker.rewind(step)
+        self._keep_samples(step)
 
     def steps(self, total: int, unit: str = "step") -> Iterator[int]:
         """The 0-based numbers of the steps still to do out of `total`; `unit` names them on the progress bar."""
@@ -222,6 +235,9 @@ class Run:
         is_old = self.engine.world.any(0 < minutes * 60 < time.monotonic() - self._saved_at, "asking whether the checkpoint is old")
         if force or better or stopping or is_old or self.step >= self.total or (every and self.step % every == 0):
             self._save(self.step, self._objects_state())
+        if not self._registered and self.engine.world.is_main:
+            self.count_time()
+            write_json(self.folder / USED, vars(self.counters))
         if stopping:
             raise self._stopped()
 
@@ -256,11 +272,36 @@ class Run:
             self.say(f"{self.name}: step {self.step} needs {seconds_left:.0f} s more, {max(remaining, 0.0):.0f} s are left; it is given up")
             raise self._stopped()
 
+    def pace(self, total: int) -> Callable[[int], None]:
+        """For a long pass inside a step, such as a held-out evaluation: a callback that is told of each part of `total` that is done.
+
+        When the run is asked to stop, the pass goes on if what is left of it fits the grace time; else the callback raises
+        Stopped. Every rank must call it equally often.
+        """
+        began, done = time.monotonic(), 0
+
+        def progress(part: int) -> None:
+            nonlocal done
+            done += part
+            self.heed_stop(seconds_left=(time.monotonic() - began) * max(total - done, 0) / max(done, 1))
+
+        return progress
+
     def restore_best(self, models: Mapping[str, TrainedModel]) -> int:
-        """Load the weights of the best checkpoint by score, if any was scored. Returns the step that the weights are from."""
+        """Load the weights of the best checkpoint by score, if any was scored. Returns the step that the weights are from.
+
+        A damaged one is named and passed over: the weights stay those of the last step.
+        """
+        from posttrain.engine import checkpoint
+
         if self._best.step in (-1, self.step):
             return self.step
-        self.engine.load(self._checkpoint_folder(self._best.step), dict(models), restart_optimizer=True)
+        folder = self._checkpoint_folder(self._best.step)
+        wrong = self.engine.world.first_says(lambda: checkpoint.damage(folder), "looking at the best checkpoint")
+        if wrong:
+            self.warn(f"the best checkpoint, {folder}, is damaged ({wrong}); the weights stay those of step {self.step}, the newest")
+            return self.step
+        self.engine.load(folder, dict(models), restart_optimizer=True)
         self.say(f"{self.name}: takes the weights of step {self._best.step}, the best so far (score {self._best.score:.4g})")
         return self._best.step
 
@@ -289,6 +330,7 @@ class Run:
             "objects": objects,
             "counters": vars(self.counters),
             "metrics": self.metrics,
+            "warnings": self.warnings,
             "best": vars(self._best),
         }
         manifest = {"stage": self.name, "step": step, "identity": self.identity}
@@ -302,6 +344,7 @@ class Run:
         self.step = self._saved_step = int(state["step"])
         self.counters = Counters(**state["counters"])
         self.metrics = dict(state["metrics"])
+        self.warnings = list(dict.fromkeys([*state["warnings"], *self.warnings]))  # reading the rows has warned already
         self._best = Best(**state["best"])
         if self._best.step >= 0 and not self._checkpoint_folder(self._best.step).exists():
             self.say(f"{self.name}: the best checkpoint, step {self._best.step}, is gone; the best is looked for anew")

@@ -93,3 +93,11 @@ def refuse_on_every_rank(engine: Engine, *, folder: str) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def go_on_without_models(engine: Engine, *, folder: str) -> tuple[int, int]:
+    """A stage that trains nothing, met by other ranks than those that began it: its step and its sum."""
+    from tests.pipeline.stages_for_tests import Total
+
+    run, total = new_run(engine, Path(folder)), Total()
+    return run.resume({}, total=total), total.value

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
+from posttrain.config import CheckpointConfig, ModelConfig, replace
 from posttrain.engine import Engine
 from posttrain.run import Stopped, command_line, write_text
+from posttrain.stages import sft
+from posttrain.stages.sft import SFTConfig
 from tests.pairs import run_pair
+from tests.pipeline.stages_for_tests import Total
 from tests.run_jobs import STEPS, new_run, same, start, train
+from tests.runs import logged, run_stage, weights, write_rows
+from tests.tiny import tiny_folder
 
 
 @pytest.fixture
@@ -122,6 +129,95 @@ def test_a_stage_that_registers_nothing_stops_too_and_begins_its_samples_anew(en
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_damaged_best_checkpoint_is_named_and_the_newest_weights_stay(engine, tmp_path, capsys):
+    run = new_run(engine, tmp_path, every=1)
+    train(run, scores=[-3.0, -1.0, -2.0, -4.0, -5.0, -6.0])
+    model, _ = start(run := new_run(fresh(engine), tmp_path))
+    newest = model.state_dict_full()
+    (tmp_path / "checkpoints" / "step_000002" / "policy.weights.pt").write_bytes(b"torn")
+    assert run.restore_best({"policy": model}) == STEPS and same(model.state_dict_full(), newest)
+    said = capsys.readouterr().out
+    assert "step_000002, is damaged (policy.weights.pt is not what was written); the weights stay those of step 6" in said
+    assert any("is damaged" in text for text in run.warnings)
+
+
+def test_warnings_survive_a_resume(engine, tmp_path):
+    run = new_run(engine, tmp_path)
+    run.warn("two rows are too long")
+    assert train(run, interrupt_at=3) and run.step == 3
+    run = new_run(fresh(engine), tmp_path)
+    run.warn("something else")
+    run.warn("two rows are too long")  # rows are read again, before the checkpoint is
+    start(run)
+    assert run.warnings == ["two rows are too long", "something else"]
+
+
+def test_a_stage_that_keeps_its_own_results_goes_on_with_what_it_has_used(engine, tmp_path):
+    run = new_run(engine, tmp_path)
+    run.resume_after(0)
+    for _ in run.steps(2):
+        run.log({"x": 1.0}, tokens=10)
+        run.checkpoint()
+    again = new_run(fresh(engine), tmp_path)
+    again.resume_after(2)
+    assert again.counters == run.counters and again.counters.tokens == 20 and again.counters.seconds > 0
+    anew = new_run(fresh(engine), tmp_path)
+    anew.resume_after(0)
+    assert anew.counters.tokens == 0
+
+
+def test_rule_24_a_long_pass_stops_when_it_cannot_end_in_the_grace_time(engine, tmp_path):
+    run = new_run(engine, tmp_path, every=1)
+    start(run)
+    for _ in run.steps(2):
+        if run.step == 2:
+            progress = run.pace(1000)
+            progress(1)  # nobody has asked
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.05)  # at least 0.05 s for 2 of 1000: 25 s are not enough
+            with pytest.raises(Stopped) as stopped:
+                progress(1)
+            assert "step_000001" in stopped.value.message and steps_saved(tmp_path) == [1]
+            run.pace(2)(2)  # whose end has come goes on to its own checkpoint
+            return
+        run.checkpoint()
+
+
+def test_rule_24_a_held_out_evaluation_heeds_a_stop_and_the_step_is_done_again(tmp_path, monkeypatch):
+    """Resumed, the stage ends with the weights that it would have had."""
+    turns = [{"role": "user", "content": "the sum?"}, {"role": "assistant", "content": "three and four is seven"}]
+    data = write_rows(tmp_path / "rows.jsonl", [{"messages": turns}] * 8)
+    model = ModelConfig(path=str(tiny_folder(tmp_path / "base")))
+    config = SFTConfig(
+        model=model, data=data, validation=data, batch_size=4, epochs=2, evaluate_every=1, max_length=64, max_tokens_per_micro_batch=64
+    )
+    straight = run_stage(sft.train, config, tmp_path / "straight")
+    evaluate, calls = sft.held_out_loss, iter(range(100))
+
+    def with_a_signal(policy, trees, run, max_tokens):
+        if next(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(policy, trees, run, max_tokens)
+
+    monkeypatch.setattr(sft, "held_out_loss", with_a_signal)
+    config = replace(config, checkpoint=CheckpointConfig(every=1, grace_seconds=1e-9))
+    with pytest.raises(Stopped) as stopped:
+        run_stage(sft.train, config, tmp_path / "stopped")
+    assert "step_000002" in stopped.value.message, "the third step is given up"
+    resumed = run_stage(sft.train, config, tmp_path / "stopped")
+    assert same(weights(resumed), weights(straight))
+    assert logged(tmp_path / "stopped", "validation_loss") == logged(tmp_path / "straight", "validation_loss")
+
+
+def test_what_trains_nothing_goes_on_under_another_number_of_ranks(engine, tmp_path):
+    run = new_run(engine, tmp_path)
+    run.resume({}, total=(total := Total()))
+    for step in run.steps(3):
+        total.value += step
+        run.checkpoint()
+    assert run_pair("ddp", "tests.run_jobs:go_on_without_models", folder=str(tmp_path)) == [(3, 3), (3, 3)]
+
+
 def test_nonfinite_numbers_are_no_stages_results(engine, tmp_path):
     run = new_run(engine, tmp_path)
     run.log({"loss": 1.0})
@@ -139,7 +235,9 @@ def test_another_launch_is_refused_with_the_command_that_works_before_a_model_is
     train(new_run(engine, tmp_path))
     for text in run_pair("zero2", "tests.run_jobs:refuse_on_every_rank", folder=str(tmp_path)):
         assert "written by single" in text and "--restart-optimizer" in text
-    assert new_run(fresh(engine), tmp_path, restart_optimizer=True).find_checkpoint()
+    run = new_run(fresh(engine), tmp_path)
+    run.restart_optimizer = True
+    assert run.find_checkpoint()
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -98,7 +98,7 @@ def load(world: World, folder: Path, models: Mapping[str, TrainedModel], *, rest
             average.copy_(value)
         for key, value in saved["counters"][name].items():
             setattr(model, key, value)
-    if not restart_optimizer:
+    if not restart_optimizer and world.rank < contents["world_size"]:
         restore_random_state(torch.load(folder / f"rng.rank{world.rank}.pt", map_location="cpu", weights_only=True))
     world.barrier("loading a checkpoint")
     return saved["state"]
@@ -214,7 +214,7 @@ def refuse_other_setting(world: World, folder: Path) -> None:
     """Raise ValueError, with the command that works, when `folder` was written under another backend or number of ranks."""
     contents = read_manifest(folder)
     saved = {key: contents[key] for key in setting(world)}
-    if saved == setting(world):
+    if saved == setting(world) or not contents["models"]:  # where nothing is trained, nothing is sharded
         return
     name = f"zero{saved['zero_stage']}" if saved["backend"] == "zero" else saved["backend"]
     if saved["backend"] == "single":

@@ -23,10 +23,11 @@ from posttrain.engine.signals import StopFlag
 T = TypeVar("T")
 
 HANG_MINUTES = 30.0
+FOR_EVER = timedelta(days=365)
 
 
 class Watchdog:
-    """Ends the process when one phase takes longer than `minutes`, naming the rank and the phase and showing every thread's stack.
+    """Ends the process when one phase takes longer than `minutes` (0: never), naming the rank and the phase, with every thread's stack.
 
     A rank that waits for ever in a collective can't be interrupted from Python, so the process leaves at once; the
     launcher then ends the other ranks.
@@ -37,8 +38,8 @@ class Watchdog:
         self.seconds = minutes * 60
         self._phases: list[tuple[str, float]] = []
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._thread.start()
+        if minutes:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -82,13 +83,18 @@ class World:
     @classmethod
     def from_launch(cls, hang_minutes: float = HANG_MINUTES) -> World:
         """Join the process group that the launcher prepared; one process when there is none. Raises ValueError on launch settings
-        that posttrain can't honour."""
+        that posttrain can't honour.
+
+        A rank may wait `hang_minutes` for the others, for instance while rank 0 tokenises; 0 waits for ever.
+        """
         prepare_environment()
         launch = read_launch()
         from accelerate import PartialState
 
         # gloo has to be asked for by name: with use_cpu set, Accelerate would leave DeepSpeed out without a word
-        kwargs: dict[str, Any] = {"timeout": timedelta(minutes=hang_minutes + 1)} if launch.backend != "single" else {}
+        kwargs: dict[str, Any] = (
+            {"timeout": timedelta(minutes=hang_minutes + 1) if hang_minutes else FOR_EVER} if launch.backend != "single" else {}
+        )
         if launch.backend != "single" and not torch.cuda.is_available():
             kwargs["backend"] = "gloo"
         with quiet_start(launch):

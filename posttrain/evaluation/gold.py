@@ -222,7 +222,7 @@ def text_loss(model: Any, windows: Sequence[Tree], run: Run, max_tokens: int) ->
 
     if not windows:
         return [], []
-    logprobs = infer(run.engine, model, windows, ("logprobs",), max_tokens)["logprobs"]
+    logprobs = infer(run.engine, model, windows, ("logprobs",), max_tokens, progress=lambda _: run.heed_stop())["logprobs"]
     return [-float(x.double().sum()) for x in logprobs], [float(len(x)) for x in logprobs]
 
 
@@ -270,7 +270,9 @@ def judge_reward_model(config: GoldConfig, run: Run) -> dict[str, Any]:
 
     def accuracy(data: DataConfig) -> dict[str, Any]:
         trees = load_comparisons(run, data, chat, config.max_length, config.max_dropped_fraction)
-        scores = torch.stack(infer(run.engine, model, trees, ("scores",), config.max_tokens_per_micro_batch)["scores"])
+        # every model has been judged and is saved: a stop loses nothing but this pass
+        found = infer(run.engine, model, trees, ("scores",), config.max_tokens_per_micro_batch, progress=lambda _: run.checkpoint())
+        scores = torch.stack(found["scores"])
         return pair_accuracy(scores.split([tree.num_responses for tree in trees]), trees, run.seed)
 
     result = accuracy(config.comparisons)

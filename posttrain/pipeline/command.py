@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from posttrain.config import when
 from posttrain.pipeline.check import Refused
 from posttrain.pipeline.pipeline import Pipeline
 from posttrain.run import Stopped
@@ -39,6 +40,13 @@ class Options:
     """Run these stages anew, and everything that stands on them; the old folders are moved to redone/."""
     restart_optimizer: bool = False
     """Resume from a checkpoint's weights only, for instance on another number of devices."""
+    hang_minutes: float = 30.0
+    """End the run, and say where, when a rank has waited this long for the others (rank 0 may tokenise for hours); 0 waits for ever."""
+    upload_artifacts: bool = False
+    """Copy models and data to Weights & Biases; otherwise its artifacts only say where they are."""
+
+    def problems(self) -> list[str]:
+        return when((self.hang_minutes < 0, f"--hang-minutes {self.hang_minutes} must not be negative; 30 works, 0 waits for ever"))
 
 
 def main(build: Callable[[Recipe], Pipeline], presets: Mapping[str, Recipe], args: Sequence[str] | None = None) -> None:
@@ -99,6 +107,8 @@ def read_command_line(presets: Mapping[str, Recipe], args: Sequence[str] | None 
 
 def carry_out(build: Callable[[Recipe], Pipeline], recipe: Recipe, options: Options) -> None:
     """Build the pipeline and do what the options say. Raises Refused."""
+    if problems := options.problems():
+        raise Refused("nothing was run:", problems)
     pipeline = build_checked(build, recipe)
     if options.smoke:
         pipeline = pipeline.smoke()
@@ -109,7 +119,14 @@ def carry_out(build: Callable[[Recipe], Pipeline], recipe: Recipe, options: Opti
 
     if os.environ.get("WORLD_SIZE", "1") == "1":
         prepare(pipeline, only=options.only, redo=options.redo)  # mistakes are told before torch is even imported
-    run_pipeline(pipeline, only=options.only, redo=options.redo, restart_optimizer=options.restart_optimizer)
+    run_pipeline(
+        pipeline,
+        only=options.only,
+        redo=options.redo,
+        restart_optimizer=options.restart_optimizer,
+        hang_minutes=options.hang_minutes,
+        upload_artifacts=options.upload_artifacts,
+    )
 
 
 def build_checked(build: Callable[[Recipe], Pipeline], recipe: Recipe) -> Pipeline:

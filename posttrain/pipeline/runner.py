@@ -6,7 +6,6 @@ import os
 import secrets
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,21 +37,30 @@ def prepare(pipeline: Pipeline, *, only: str = "", redo: Sequence[str] = ()) -> 
     return survey(pipeline, redone)
 
 
-def run_pipeline(pipeline: Pipeline, *, only: str = "", redo: Sequence[str] = (), restart_optimizer: bool = False) -> None:
-    """Run what is left to run, in this launch. `only` runs one stage, whose inputs must be finished.
+def run_pipeline(
+    pipeline: Pipeline,
+    *,
+    only: str = "",
+    redo: Sequence[str] = (),
+    restart_optimizer: bool = False,
+    hang_minutes: float = 30.0,
+    upload_artifacts: bool = False,
+) -> None:
+    """Run what is left to run, in this launch; the options are those of the command line (`posttrain.pipeline.command.Options`).
 
     Raises Refused for whatever is wrong before the first stage begins, Stopped when asked to stop.
     """
     from posttrain.engine import World
 
+    options: dict[str, Any] = {"restart_optimizer": restart_optimizer, "upload": upload_artifacts}
     try:
-        world = World.from_launch()
+        world = World.from_launch(hang_minutes)
     except ValueError as error:
         raise Refused("this launch cannot work:", [str(error)]) from error
     try:
         assert not world.stop.signal_number  # from here on Ctrl-C and SIGTERM are a flag
         names = world.first_says(lambda: _begin(pipeline, only, redo), "checking the pipeline")
-        ran = [name for name in names if _run_or_skip(pipeline, name, world, restart_optimizer)]
+        ran = [name for name in names if _run_or_skip(pipeline, name, world, options)]
         if ran or not (pipeline.output_dir / "report.json").exists():
             world.first_says(lambda: _report(pipeline), "writing the report")
     except Refused as refused:
@@ -84,7 +92,7 @@ def _begin(pipeline: Pipeline, only: str, redo: Sequence[str]) -> list[str]:
     return names
 
 
-def _run_or_skip(pipeline: Pipeline, name: str, world: World, restart_optimizer: bool) -> bool:
+def _run_or_skip(pipeline: Pipeline, name: str, world: World, options: dict[str, Any]) -> bool:
     """Run one stage if it has to be run; whether it was."""
     stage = next(stage for stage in pipeline.stages if stage.name == name)
 
@@ -104,7 +112,7 @@ def _run_or_skip(pipeline: Pipeline, name: str, world: World, restart_optimizer:
         if world.is_main:
             print(f"{name}: finished already, {standings.output_path(pipeline, name, standing.record)}", flush=True)
         return False
-    _run(pipeline, stage, standing, outputs, world, restart_optimizer)
+    _run(pipeline, stage, standing, outputs, world, **options)
     return True
 
 
@@ -118,7 +126,16 @@ def _stop_between_stages(name: str, world: World) -> None:
         raise Stopped(message, number)
 
 
-def _run(pipeline: Pipeline, stage: Stage, standing: Standing, outputs: dict[str, Path], world: World, restart_optimizer: bool) -> None:
+def _run(
+    pipeline: Pipeline,
+    stage: Stage,
+    standing: Standing,
+    outputs: dict[str, Path],
+    world: World,
+    *,
+    restart_optimizer: bool,
+    upload: bool,
+) -> None:
     """Run one stage with an engine of its own, and record that it has finished."""
     from posttrain.engine import Engine
     from posttrain.tracking import Tracker
@@ -126,9 +143,6 @@ def _run(pipeline: Pipeline, stage: Stage, standing: Standing, outputs: dict[str
     config = with_outputs(stage.config, outputs)
     folder = pipeline.folder(stage.name)
     tracker_id = world.first_says(lambda: _open_folder(pipeline, stage, standing, outputs), f"opening {stage.name}")
-    checkpoints = getattr(config, "checkpoint", CheckpointConfig())
-    if restart_optimizer:
-        checkpoints = replace(checkpoints, restart_optimizer=True)
     reset_peak()
     engine = Engine(world)
     engine.seed(pipeline.seed)
@@ -140,6 +154,7 @@ def _run(pipeline: Pipeline, stage: Stage, standing: Standing, outputs: dict[str
         job_type=stage.name,
         config=to_json(config) | {"made_of": standing.made_of, "seed": pipeline.seed},
         run_id=tracker_id,
+        upload=upload,
         is_main=world.is_main,
     ) as tracker:
         run = Run(
@@ -148,7 +163,8 @@ def _run(pipeline: Pipeline, stage: Stage, standing: Standing, outputs: dict[str
             seed=pipeline.seed,
             engine=engine,
             tracker=tracker,
-            checkpoints=checkpoints,
+            checkpoints=getattr(config, "checkpoint", CheckpointConfig()),
+            restart_optimizer=restart_optimizer,
             identity=standing.digest,
         )
         for where, name in stage.handles.items():

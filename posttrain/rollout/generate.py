@@ -74,8 +74,7 @@ def generate(config: GenerateConfig, run: Run) -> Path:
     limits = (config.max_prompt_length, config.sampling.system_prompt, config.max_dropped_fraction)
     rows, prompts = load_prompts(run, config.prompts, chat, *limits)
     partial, finished = run.folder / "rows.partial.jsonl", run.folder / "rows.jsonl"
-    run.step = world.first_says(lambda: whole_chunks(partial, config.chunk_size), "reading what was written before")
-    run.tracker.rewind(run.step)
+    run.resume_after(world.first_says(lambda: whole_chunks(partial, config.chunk_size), "reading what was written before"))
     model = run.engine.freeze(load_causal_lm(config.model, chat.tokenizer), name="policy")
 
     for chunk in run.steps(-(-len(rows) // config.chunk_size), unit="chunk"):

@@ -158,7 +158,8 @@ def score_trees(model: Any, trees: Sequence[Tree], run: Run, config: RewardModel
     """The scores (K,) of each element's responses."""
     from posttrain.engine.inference import infer
 
-    flat = infer(run.engine, model, trees, ("scores",), config.max_tokens_per_micro_batch)["scores"]
+    pace = run.pace(sum(tree.num_tokens for tree in trees) // run.engine.world.size)
+    flat = infer(run.engine, model, trees, ("scores",), config.max_tokens_per_micro_batch, progress=pace)["scores"]
     return list(torch.stack(flat).split([tree.num_responses for tree in trees]))
 
 

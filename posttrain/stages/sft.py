@@ -200,7 +200,8 @@ def held_out_loss(policy: Any, trees: Sequence[Tree], run: Run, max_tokens: int)
     """Mean -log pi per trainable token over held-out rows."""
     from posttrain.engine.inference import infer
 
-    logprobs = infer(run.engine, policy, trees, ("logprobs",), max_tokens)["logprobs"]
+    pace = run.pace(sum(tree.num_tokens for tree in trees) // run.engine.world.size)
+    logprobs = infer(run.engine, policy, trees, ("logprobs",), max_tokens, progress=pace)["logprobs"]
     return -sum(float(x.sum(dtype=x.double().dtype)) for x in logprobs) / sum(len(x) for x in logprobs)
 
 

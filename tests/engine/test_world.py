@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
+from posttrain.engine import World
 from tests.engine.jobs import on
 from tests.pairs import ROOT, free_port, launch_environment, run_pair
 
@@ -50,6 +52,14 @@ def test_rule_19_a_hang_names_rank_and_phase():
     assert "rank 0 has waited 3 s in: saving > counting sheep; the run ends here" in error
     assert "all_reduce" in error  # the stack shows where
     assert workers[1].returncode == 70 and "rank 1 has waited 3 s in: saving" in late
+
+
+def test_a_watchdog_of_no_minutes_waits_for_ever():
+    running = {thread.name for thread in threading.enumerate()}
+    world = World(hang_minutes=0)
+    with world.phase("saving"):
+        assert {thread.name for thread in threading.enumerate()} == running
+    world.close()
 
 
 def test_a_pair_reports_failures_with_the_stack_and_works_again():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from posttrain.engine import Engine, World
 from posttrain.evaluation import gold
 from posttrain.evaluation.gold import GoldConfig, evaluate
 from posttrain.evaluation.statistics import bootstrap_difference, bootstrap_mean
-from posttrain.run import Run
+from posttrain.run import Run, Stopped
 from posttrain.tracking import Tracker
 from tests.pairs import run_pair
 from tests.tiny import tiny_folder, tiny_tokenizer
@@ -174,6 +175,34 @@ def test_an_interrupted_comparison_goes_on_with_the_next_model(config, evaluated
     path = evaluate(config, run_in(tmp_path))
     assert judged == ["base", "failed", "sft"]
     assert json.loads(path.read_text()) == evaluated[0]
+    assert [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == evaluated[1]
+
+
+@pytest.mark.parametrize("stopped_in", ["text_loss", "judge_reward_model"])
+def test_rule_24_an_evaluation_asked_to_stop_stops_in_a_pass_and_goes_on_from_the_last_model(
+    config, evaluated, tmp_path, monkeypatch, stopped_in
+):
+    run = run_in(tmp_path)
+    assert not run.stop_requested()  # from here on signals are looked for
+    pass_of, calls = getattr(gold, stopped_in), []
+
+    def with_a_signal(*arguments):
+        calls.append(1)
+        if len(calls) == 2 or stopped_in == "judge_reward_model":
+            signal.raise_signal(signal.SIGTERM)
+        return pass_of(*arguments)
+
+    monkeypatch.setattr(gold, stopped_in, with_a_signal)
+    with pytest.raises(Stopped):
+        evaluate(config, run)
+    WORLD.stop.signal_number = 0
+    monkeypatch.setattr(gold, stopped_in, pass_of)
+    judged = []
+    monkeypatch.setattr(
+        gold, "judge", lambda config, run, name, *rest, real=gold.judge: judged.append(name) or real(config, run, name, *rest)
+    )
+    assert json.loads(evaluate(config, run_in(tmp_path)).read_text()) == evaluated[0]
+    assert judged == (["sft"] if stopped_in == "text_loss" else [])
     assert [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == evaluated[1]
 
 

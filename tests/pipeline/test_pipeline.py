@@ -175,6 +175,31 @@ def test_smoke_runs_small_in_a_folder_of_its_own(recipe):
     assert record(small, "first")["optimizer_steps"] == 2 and not Path(recipe.output_dir).exists()
 
 
+def test_what_the_command_line_says_reaches_the_world_and_the_tracker(recipe, monkeypatch):
+    from posttrain import engine, tracking
+
+    seen = {}
+    begin, follow = engine.World.from_launch, tracking.Tracker.__init__
+
+    def from_launch(hang_minutes):
+        seen["hang_minutes"] = hang_minutes
+        return begin(hang_minutes)
+
+    def init(self, *words, **options):
+        seen["upload"] = options["upload"]
+        follow(self, *words, **options)
+
+    monkeypatch.setattr(engine.World, "from_launch", from_launch)
+    monkeypatch.setattr(tracking.Tracker, "__init__", init)
+    words = ["--output-dir", recipe.output_dir, "--only", "first"]
+    main(build, {"small": recipe}, [*words, "--hang-minutes", "90", "--upload-artifacts"])
+    assert seen == {"hang_minutes": 90.0, "upload": True}
+    main(build, {"small": recipe}, ["--output-dir", f"{recipe.output_dir}-2", "--only", "first"])
+    assert seen == {"hang_minutes": 30.0, "upload": False}
+    with pytest.raises(SystemExit, match="2"):
+        main(build, {"small": recipe}, [*words, "--hang-minutes", "-1"])
+
+
 def test_records_say_what_a_stage_used_and_what_it_was_made_of(recipe):
     run(replace(recipe, first=WriteConfig(steps=3)))
     done = record(recipe, "first")

@@ -106,7 +106,12 @@ def test_a_stage_asked_to_stop_stops_while_it_samples_and_keeps_what_it_wrote(co
         generate(config, run)
     WORLD.stop.signal_number = 0
     assert len(rows_of(tmp_path / "rows.partial.jsonl")) == 4
-    assert len(rows_of(generate(config, run_in(tmp_path)))) == 10
+    again = run_in(tmp_path)
+    assert len(rows_of(generate(config, again))) == 10
+    # what the first launch used is part of what the stage used
+    straight = run_in(tmp_path / "straight")
+    generate(config, straight)
+    assert again.counters.tokens == straight.counters.tokens and again.counters.seconds > 0
 
 
 def test_torn_files_are_cut_to_whole_chunks(tmp_path):
