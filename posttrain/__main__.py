@@ -1,5 +1,6 @@
 """python -m posttrain chat FOLDER   talks to a model that a stage made
-python -m posttrain report FOLDER   writes report.json and report.html of a pipeline anew, and prints its results"""
+python -m posttrain report FOLDER   writes report.json and report.html of a pipeline anew, and prints its results
+python -m posttrain merge ADAPTER OUT   writes the plain model that an adapter folder means"""
 
 from __future__ import annotations
 
@@ -37,10 +38,23 @@ def report(folder: tyro.conf.Positional[Path]) -> None:
     print(f"report: {path}")
 
 
+def merge(adapter: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]) -> None:
+    """Write the plain model that an adapter folder means: its base with the adapter merged into it.
+
+    Args:
+        adapter: an adapter folder, the output of a stage with adapter.merge=False or another in peft's format.
+        out: the model folder to write.
+    """
+    from posttrain.models.adapter_files import merge as write_merged
+
+    write_merged(str(adapter), out)
+    print(f"model: {out}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; what is the user's mistake is said without a traceback, with exit code 2."""
     try:
-        tyro.extras.subcommand_cli_from_dict({"chat": chat, "report": report}, prog="python -m posttrain", args=arguments)
+        tyro.extras.subcommand_cli_from_dict({"chat": chat, "report": report, "merge": merge}, prog="python -m posttrain", args=arguments)
     except ValueError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2

@@ -233,8 +233,8 @@ def _packed(config: ModelConfig, hf: Any, tokenizer: Any, source: AdapterFolder 
         rows = hf.get_input_embeddings().num_embeddings
         if asked.rank and len(tokenizer) > rows:
             raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens and model.path={config.path!r} {rows} embeddings; an adapter leaves them frozen, "
-                "so that new tokens could not be learnt. adapter.rank=0 trains all weights; template='raw' needs no new tokens"
+                f"the tokenizer has {len(tokenizer)} tokens and model.path={config.path!r} {rows} embeddings; an adapter leaves them "
+                "frozen, so that new tokens could not be learnt. adapter.rank=0 trains all weights; template='raw' needs no new tokens"
             )
         grow_embeddings(hf, len(tokenizer))
     set_dropout(hf, 0.0)

@@ -7,12 +7,15 @@ another kernel in evaluation mode on CPUs, whose results differ from training's 
 from __future__ import annotations
 
 import importlib.util
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from posttrain.config import AdapterConfig, when
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at its import which CPU kernel it lacks, one that isn't used here
 
 BLOCK = 64
 INSTALL = 'pip install "posttrain[qlora]" installs it'
