@@ -14,7 +14,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt scripts/check_machine.sh
 	@PYTHON=$(PYTHON) sh scripts/check_machine.sh
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,qlora]"
 	$(BIN)/python scripts/build_ops.py
 	touch $@
 
