@@ -26,7 +26,7 @@ HERE = "tests.rewards.functions"
 
 def config_of(*functions: str | RewardConfig, **changes: Any) -> RewardsConfig:
     parts = tuple(part if isinstance(part, RewardConfig) else RewardConfig(function=f"{HERE}:{part}") for part in functions)
-    return RewardsConfig(functions=parts, **{"workers": 2, "seconds_per_response": 1.0, **changes})
+    return RewardsConfig(functions=parts, **{"workers": 2, "seconds_per_response": 2.0, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,9 @@ FAILURES = {
     "die": "exit code 7",
     "segfault": "killed by SIGSEGV",
     "abort": "killed by SIGABRT",
-    "hang": "timed out after 1 s",
-    "hang in c": "timed out after 1 s",
-    "stop": "timed out after 1 s",
+    "hang": "timed out after 2 s",
+    "hang in c": "timed out after 2 s",
+    "stop": "timed out after 2 s",
     "close": "the worker was killed",
     "forge": "wrote into its worker's channel",
 }
@@ -191,21 +191,32 @@ def test_a_function_sees_neither_ranks_nor_gpus_nor_what_another_did_to_the_row(
     assert values == {key: {"obey": 1.0, "column": -key - 2.0, "about_the_process": 1.0} for key in range(20)}
 
 
-def test_rows_are_judged_side_by_side_while_the_caller_goes_on():
-    with Rewards(config_of("obey", "process_number", seconds_per_response=2.0)) as rewards:
-        begun = time.monotonic()
+def test_rows_are_judged_side_by_side_while_the_caller_goes_on(tmp_path):
+    with Rewards(config_of("obey", "process_number", seconds_per_response=60.0)) as rewards:
         for key in range(2):
-            rewards.submit(key, {}, "hang")
-        assert time.monotonic() - begun < 0.3
+            rewards.submit(key, {"mine": str(tmp_path / str(key)), "other": str(tmp_path / str(1 - key))}, "meet")
         values = rewards.collect()
-        assert time.monotonic() - begun < 2 * 2.0 - 0.3, "two hanging rows on two workers took as long as on one"
+    assert [value["obey"] for value in values.values()] == [1.0, 1.0]
     assert len({value["process_number"] for value in values.values()}) == 2
 
 
+def test_verifiers_run_in_workers_and_no_response_pays_for_their_imports():
+    names = ("verifiers:gsm8k", "verifiers:math_answer", "verifiers:reasoning_gym", "code:python_tests", "verifiers:regex_match")
+    options = {"verifiers:regex_match": ("pattern=(a+)+b$",), "code:python_tests": ("seconds=4",)}
+    functions = [RewardConfig(function=f"posttrain.rewards.{name}", options=options.get(name, ())) for name in names]
+    row = {"answer": "18", "tests": ["assert True"], "entry": {"answer": "18", "metadata": {"source_dataset": "basic_arithmetic"}}}
+    with Rewards(config_of(*functions, workers=1, seconds_per_response=5.0)) as rewards:
+        rewards.submit(0, row, "18")
+        rewards.submit(1, row, "a" * 50)  # backtracks for longer than the universe is old
+        values = rewards.collect()
+    assert values[0] == {"gsm8k": 1.0, "math_answer": 1.0, "reasoning_gym": 1.0, "regex_match": 0.0, "python_tests": 1.0}
+    assert values[1]["gsm8k"] == 0.0 and math.isnan(values[1]["regex_match"]) and "timed out after 5 s" in rewards.failures[0]
+
+
 def test_thousands_of_small_calls_are_cheap(rewards):
-    begun = time.monotonic()
+    begun = time.process_time()  # of all threads, as other programs may be using the machine
     judged(rewards, *["fine"] * 3000)
-    assert (time.monotonic() - begun) / 6000 < 0.3e-3
+    assert (time.process_time() - begun) / 6000 < 0.1e-3
 
 
 # --- ends
