@@ -8,6 +8,7 @@ export.json                                       digests: the folder's, the tok
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -203,7 +204,9 @@ def write_adapter(
     try:
         said.save_pretrained(str(temporary))
         save_file(tensors, temporary / ADAPTER_WEIGHTS, {"format": "pt"})
-        hf.config.save_pretrained(temporary)
+        config = copy.deepcopy(hf.config)
+        config.architectures = [type(hf).__name__]
+        config.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         for name, text in (extra_files or {}).items():
@@ -236,12 +239,12 @@ def merge(folder: str, out: str | Path) -> str:
         raise ValueError(
             f"{folder} is no adapter folder ({ADAPTER_CONFIG} is missing); the output of a stage with adapter.merge=False works"
         )
-    config = ModelConfig(path=str(folder), dtype="fp32" if _is_fp32(folder) else "bf16")
-    is_reward_model = read_adapter(str(folder)).is_reward_model
-    model = load_scalar_model(config, fresh_head=False) if is_reward_model else load_causal_lm(config)
+    config, source = ModelConfig(path=str(folder), dtype="fp32" if _is_fp32(folder) else "bf16"), read_adapter(str(folder))
+    model = load_scalar_model(config, fresh_head=False) if source.is_reward_model else load_causal_lm(config)
+    words = folder if (Path(folder) / "tokenizer_config.json").is_file() else source.base.path
     calibration = Path(folder) / CALIBRATION_FILE
     extra = {CALIBRATION_FILE: calibration.read_text()} if calibration.is_file() else None
-    return write_model(model.hf, None, AutoTokenizer.from_pretrained(folder), out, extra)
+    return write_model(model.hf, None, AutoTokenizer.from_pretrained(words), out, extra)
 
 
 def _is_fp32(folder: str) -> bool:

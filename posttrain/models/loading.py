@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -110,26 +111,33 @@ def load_scalar_model(config: ModelConfig, *, fresh_head: bool, seed: int = 0, t
     return model
 
 
-def load_roles(
-    policy: ModelConfig, reward_model: ModelConfig, tokenizer: Any = None, *, seed: int = 0
-) -> tuple[PackedModel, PackedModel, PackedModel]:
-    """A policy, the critic that will start as its reward model, and the reward model.
+def load_roles(policy: ModelConfig, reward_model: ModelConfig, tokenizer: Any = None, *, seed: int = 0) -> Iterator[PackedModel]:
+    """A policy, the critic that starts as its reward model, and the reward model, in this order.
 
-    Three modules that know nothing of each other; but where the policy has an adapter and the reward model's folder is an adapter
-    folder, three adapters and two scalar heads over ONE base. Then raises ValueError when the two adapters have different bases.
+    Three modules that know nothing of each other, each read when it is asked for. But where the policy has an adapter and the
+    reward model's folder is an adapter folder, they are three adapters and two scalar heads over ONE base; then raises ValueError
+    when the two adapters have different bases, or one of them a base in 4 bits.
     """
     first = load_causal_lm(policy, tokenizer, seed=seed)
-    source = read_adapter(reward_model.path) if is_adapter_folder(reward_model.path) else None
+    source = _adapter_source(reward_model)
     if first.adapter is None or source is None:
-        critic, scorer = (load_scalar_model(reward_model, fresh_head=False, seed=seed) for _ in range(2))
-        return first, critic, scorer
+        yield first
+        for _ in range(2):
+            yield load_scalar_model(reward_model, fresh_head=False, seed=seed)
+        return
     own, its = base_digest(first.adapter.base), base_digest(source.base)
+    instead = f"`{merge_command(reward_model.path)}` and give that folder"
     if own != its:
         raise ValueError(
             f"reward_model.path={reward_model.path!r} is an adapter of a base with the digest {its[:16]}, the policy's adapter has one "
-            f"with {own[:16]}: they can't share it. Train both on one base, or `{merge_command(reward_model.path)}` and give that folder"
+            f"with {own[:16]}: they can't share it. Train both on one base, or {instead}"
         )
-    return first, _scalar_role(first, reward_model, source, "critic"), _scalar_role(first, reward_model, source, "reward_model")
+    if source.config.quantize != policy.adapter.quantize:
+        raise ValueError(
+            f"reward_model.path={reward_model.path!r} was trained with adapter.quantize={source.config.quantize!r}, the policy has "
+            f"{policy.adapter.quantize!r}: over one base they can't differ. Train both alike, or {instead}"
+        )
+    yield from (first, *[_scalar_role(first, reward_model, source, name) for name in ("critic", "reward_model")])
 
 
 def _scalar_role(first: PackedModel, config: ModelConfig, source: AdapterFolder, name: str) -> PackedModel:

@@ -31,9 +31,12 @@ def base_folder(place: Path, family: str = "llama_tied") -> Path:
     return tiny_folder(place / "base", family)
 
 
-def train(engine: Engine, *, folder: str, steps: int = 3, checkpointing: bool = False, **adapter: Any) -> dict[str, Any]:
-    """A few updates of a LoRA adapter: losses, norms, the merged weights, and whether anything else moved."""
-    config = ModelConfig(path=folder, gradient_checkpointing=checkpointing, adapter=AdapterConfig(**{"rank": 4, "alpha": 8.0, **adapter}))
+def train(
+    engine: Engine, *, folder: str, steps: int = 3, checkpointing: bool = False, dtype: str = "fp32", quantize: str = "none"
+) -> dict[str, Any]:
+    """A few updates of a LoRA adapter: losses, norms, the merged weights, and what its reference is."""
+    adapter = AdapterConfig(rank=4, alpha=8.0, quantize=quantize)
+    config = ModelConfig(path=folder, gradient_checkpointing=checkpointing, dtype=dtype, adapter=adapter)
     model = engine.train(load_causal_lm(config, seed=3), OPTIMIZER, steps, name="policy", ema_decay=0.5)
     reference = engine.reference(model, lambda: load_causal_lm(config))
     start = model.state_dict_full()
@@ -50,6 +53,7 @@ def train(engine: Engine, *, folder: str, steps: int = 3, checkpointing: bool = 
         "sampled": sampled.cpu(),
         "reference": torch.cat(infer(engine, reference, rows(seed=50), ("logprobs",), 24)["logprobs"]),
         "frozen": reference.state_dict_full(),
+        "masters": {master.dtype for master in model.backend.masters()},
     }
 
 
@@ -134,7 +138,7 @@ def four_roles(engine: Engine, *, policy: str, reward_model: str, shared: bool, 
     ask = ModelConfig(path=policy, adapter=LORA, gradient_checkpointing=checkpointing)
     give = ModelConfig(path=reward_model, adapter=LORA)
     if shared:
-        modules = load_roles(ask, give, tiny_tokenizer(), seed=1)
+        modules = tuple(load_roles(ask, give, tiny_tokenizer(), seed=1))
     else:
         modules = (load_causal_lm(ask, seed=1), *(load_scalar_model(give, fresh_head=False) for _ in range(2)))
     trained_policy = engine.train(modules[0], OPTIMIZER, 3, name="policy", ema_decay=0.5)

@@ -49,6 +49,24 @@ def test_rule_21_every_backend_takes_the_same_steps_of_an_adapter(backend, check
     torch.testing.assert_close(found["sampled"], expected["sampled"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ("ddp", "zero3"))
+def test_a_4_bit_base_gives_the_same_steps_on_every_backend(backend, base, expected):
+    pytest.importorskip("bitsandbytes")
+    alone_ = alone(jobs.train, folder=base, quantize="nf4")
+    found = on(backend, jobs.train, folder=base, quantize="nf4", checkpointing=True)[0]
+    assert found["losses"] == pytest.approx(alone_["losses"], rel=1e-5)
+    assert found["losses"] != pytest.approx(expected["losses"], rel=1e-4)
+    close(found["weights"], alone_["weights"])
+
+
+@pytest.mark.parametrize("backend", ("plain", "zero3"))
+def test_rule_21_below_a_bf16_base_the_adapter_has_fp32_masters(backend, base, expected):
+    found = on(backend, jobs.train, folder=base, dtype="bf16")[0]
+    assert found["masters"] == {torch.float32} and {value.dtype for value in found["weights"].values()} == {torch.bfloat16}
+    assert found["losses"] == pytest.approx(expected["losses"], rel=2e-2)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=5e-2)
+
+
 def test_an_adapter_learns_what_a_hand_written_loop_over_the_merged_weights_learns(base):
     """LoRA by functional_call on plain weights W + alpha / r B A, AdamW by torch, against the engine's."""
     config = ModelConfig(path=base, adapter=jobs.LORA)
@@ -221,7 +239,7 @@ def test_four_roles_over_one_base_are_four_models(backend, start, base, folders,
 
 
 def test_four_roles_hold_the_base_once(base, folders):
-    modules = load_roles(ModelConfig(path=folders[0], adapter=jobs.LORA), ModelConfig(path=folders[1]))
+    modules = list(load_roles(ModelConfig(path=folders[0], adapter=jobs.LORA), ModelConfig(path=folders[1])))
     assert modules[0].trunk is modules[1].trunk is modules[2].trunk
     total = sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())
     plain = sum(p.numel() for p in load_causal_lm(ModelConfig(path=base)).parameters())
@@ -231,9 +249,13 @@ def test_four_roles_hold_the_base_once(base, folders):
 
 
 def test_roles_of_different_bases_are_refused_with_both_digests_and_the_merge_command(base, folders, tmp_path):
+    pytest.importorskip("bitsandbytes")
     other = tiny_folder(tmp_path / "other", "llama_tied", seed=5)
     with pytest.raises(ValueError, match=r"digest [0-9a-f]{16}.*with [0-9a-f]{16}.*python -m posttrain merge .*rm"):
-        load_roles(ModelConfig(path=str(other), adapter=jobs.LORA), ModelConfig(path=folders[1]))
+        list(load_roles(ModelConfig(path=str(other), adapter=jobs.LORA), ModelConfig(path=folders[1])))
+    asked = AdapterConfig(rank=4, alpha=8.0, quantize="nf4")
+    with pytest.raises(ValueError, match=r"quantize='none', the policy has 'nf4'.*posttrain merge"):
+        list(load_roles(ModelConfig(path=base, adapter=asked), ModelConfig(path=folders[1])))
 
 
 def test_without_an_adapter_or_with_a_plain_reward_model_the_roles_are_separate(base, folders, tmp_path):
@@ -242,6 +264,6 @@ def test_without_an_adapter_or_with_a_plain_reward_model_the_roles_are_separate(
     merge(folders[1], tmp_path / "rm")
     adapted = ModelConfig(path=base, adapter=jobs.LORA)
     for policy, judge in ((adapted, tmp_path / "rm"), (ModelConfig(path=base), Path(folders[1]))):
-        modules = load_roles(policy, ModelConfig(path=str(judge)))
+        modules = list(load_roles(policy, ModelConfig(path=str(judge))))
         assert len({id(module.trunk) for module in modules}) == 3
         assert modules[1].adapter is None and modules[1].calibration == (0.25, 1.0)
