@@ -9,6 +9,7 @@ nothing predicts and which is therefore never trainable.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -226,9 +227,11 @@ def plan(sizes: Sequence[int], max_tokens: int, world_size: int) -> list[list[li
     if largest > max_tokens:
         row = list(sizes).index(largest)
         raise ValueError(f"max_tokens_per_micro_batch={max_tokens} is below element {row} with {largest} tokens; {largest} works")
-    depth = max(1, -(-sum(sizes) // (max_tokens * world_size)))
-    while (rows := _fill(sizes, max_tokens, depth * world_size)) is None:
-        depth += 1
+    # With more rows none gets fuller, so the fewest that hold everything are searched for by halves. One element a row always fits.
+    descending = sorted(sizes, reverse=True)
+    depths = range(max(1, -(-sum(sizes) // (max_tokens * world_size))), max(1, -(-len(sizes) // world_size)))
+    depth = depths.start + bisect_left(depths, True, key=lambda depth: _fits(descending, max_tokens, depth * world_size))
+    rows = _fill(sizes, depth * world_size)
     result: list[list[list[int]]] = [[] for _ in range(world_size)]
     load = [0] * world_size
     for size, elements in sorted(rows, key=lambda row: (-row[0], row[1])):
@@ -238,14 +241,22 @@ def plan(sizes: Sequence[int], max_tokens: int, world_size: int) -> list[list[li
     return result
 
 
-def _fill(sizes: Sequence[int], max_tokens: int, count: int) -> list[tuple[int, list[int]]] | None:
-    """Elements in `count` rows of at most `max_tokens` -> (tokens, elements) per row, or None when they don't fit this way."""
+def _fits(descending: Sequence[int], max_tokens: int, count: int) -> bool:
+    """Whether `_fill` leaves all of `count` rows with at most `max_tokens`."""
+    rows = list(descending[:count])[::-1]  # ascending, which is a heap
+    for size in descending[count:]:
+        if rows[0] + size > max_tokens:
+            return False
+        heapreplace(rows, rows[0] + size)
+    return True
+
+
+def _fill(sizes: Sequence[int], count: int) -> list[tuple[int, list[int]]]:
+    """Elements in `count` rows -> (tokens, elements) per row: the largest element left goes to the emptiest row."""
     emptiest = [(0, row) for row in range(count)]  # a heap
     rows: list[list[int]] = [[] for _ in range(count)]
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         size, row = emptiest[0]
-        if size + sizes[i] > max_tokens:
-            return None
         heapreplace(emptiest, (size + sizes[i], row))
         rows[row].append(i)
     return [(size, rows[row]) for size, row in emptiest]
@@ -255,15 +266,13 @@ def _fill(sizes: Sequence[int], max_tokens: int, count: int) -> list[tuple[int, 
 class PackedBatch:
     """One rank's share of a global batch of trees, with the global counts that losses are divided by.
 
-    `num_tokens` trainable tokens, `num_trees` elements and `num_responses` responses over all ranks;
-    `size` all tokens over all ranks (what throughput counts).
+    `num_tokens` trainable tokens and `num_trees` elements over all ranks; `size` all tokens over all ranks (what throughput counts).
     """
 
     trees: Sequence[Tree]
     rows: list[list[int]]
     num_tokens: int
     num_trees: int
-    num_responses: int
     size: int
     device: torch.device | str = "cpu"
 
@@ -295,7 +304,6 @@ def pack(
         rows=rows,
         num_tokens=sum(tree.num_trainable for tree in parts),
         num_trees=len(trees),
-        num_responses=sum(tree.num_responses for tree in parts),
         size=sum(part.num_tokens for part in parts),
         device=device,
     )

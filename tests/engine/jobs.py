@@ -311,7 +311,7 @@ def reward_export(engine: Engine, *, folder: str) -> tuple[Tensor, dict[str, Ten
     with engine.update(model) as update:
         for micro in batch.micro_batches():
             real = 1.0 if micro.groups else 0.0
-            update.backward(model.scores(micro).square().sum() * real, over=batch.num_responses)
+            update.backward(model.scores(micro).square().sum() * real, over=batch.num_trees)
     engine.export(model, Path(folder), tiny_tokenizer())
     with model.evaluating():
         return model.scores(forest(rows())).cpu(), model.state_dict_full()
