@@ -1,4 +1,4 @@
-"""Numbers that follow a run and outlive a restart: the adaptive KL coefficient and the running scale of scores."""
+"""Numbers that follow a run and outlive a restart: the adaptive KL coefficient, the running scale of scores, the fall of a level."""
 
 from __future__ import annotations
 
@@ -46,6 +46,29 @@ class RunningScale:
         return (scores - self.mean) / (math.sqrt(self.squares / max(1, self.count)) + 1e-8)
 
     def state_dict(self) -> dict[str, float]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+class Fall:
+    """How far a noisy number has fallen: the mean of its first `WINDOW` values minus that of its last ones."""
+
+    WINDOW = 10
+
+    def __init__(self) -> None:
+        self.first: list[float] = []
+        self.last: list[float] = []
+
+    def update(self, value: float) -> float:
+        """Values that aren't finite don't count."""
+        if math.isfinite(value):
+            self.first = [*self.first, value][: self.WINDOW]
+            self.last = [*self.last, value][-self.WINDOW :]
+        return sum(self.first) / max(1, len(self.first)) - sum(self.last) / max(1, len(self.last))
+
+    def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

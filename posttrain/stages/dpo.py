@@ -32,6 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, did_you_mean, runtime, runtime_factory, when
+from posttrain.controllers import Fall
+from posttrain.models.described import CAUSAL, ModelUse
 from posttrain.ops import ordered_pairs
 from posttrain.packing import Segment, Tree
 
@@ -147,6 +149,10 @@ class DPOConfig:
             (
                 self.is_unpaired and self.batch_size == 1,
                 "batch_size=1 leaves kto without a mismatched response; 2 works, 64 estimates the KL well",
+            ),
+            (
+                self.model.adapter.dropout > 0,
+                f"model.adapter.dropout={self.model.adapter.dropout} is noise in every log-ratio; 0 works, SFT alone trains with it",
             ),
             (self.max_length < 2, f"max_length={self.max_length} must be at least 2; 2048 works"),
             (self.reference not in ("live", "cached"), f"reference={self.reference!r} must be live or cached"),
@@ -424,7 +430,7 @@ def train(config: DPOConfig, run: Run) -> Path:
     # before `resume`: until then the policy is what the stage starts from
     reference = load_reference(config, run, policy, trees, total_steps, chat)
     evaluation = HeldOut(config, run, policy, held_out)
-    level = ChosenLevel()
+    level = Fall()
     run.resume({"policy": policy}, order=order, level=level)
 
     for step in run.steps(total_steps):
@@ -442,7 +448,7 @@ def train(config: DPOConfig, run: Run) -> Path:
                 update.backward(loss.float(), over=batch.num_trees)
                 tally.add(stats)
         metrics = {"loss": math.nan, **report(update), **summary(tally.total(engine.world)), **cost, "epoch": order.epoch}
-        warn_of_drop(config, level.drop(metrics, config), run)
+        warn_of_drop(config, metrics, level, run)
 
         score = None
         if held_out and ((step + 1) % evaluate_every == 0 or step + 1 == total_steps):
@@ -558,37 +564,16 @@ class HeldOut:
         }
 
 
-class ChosenLevel:
-    """How far the chosen responses' log-probability has fallen since training began.
+def warn_of_drop(config: DPOConfig, metrics: Mapping[str, float], level: Fall, run: Run) -> None:
+    """Say it when the chosen responses have become less likely than they were: users take it for a bug.
 
-    The log-ratio to the reference says it. Without a reference, the rows of a few first steps are compared with those of
-    the last ones, per token, as lengths differ more than anything else.
+    The log-ratio to the reference tells it. Without a reference the first steps are compared with the last ones, per token,
+    as lengths differ more than anything else.
     """
-
-    WINDOW = 10
-
-    def __init__(self) -> None:
-        self.first: list[float] = []
-        self.last: list[float] = []
-
-    def drop(self, metrics: Mapping[str, float], config: DPOConfig) -> float:
-        """Nats per response; NaN in a step without chosen responses."""
-        if config.needs_reference:
-            return -metrics["chosen_log_ratio"]
-        value = metrics["chosen_logprobs_per_token"]
-        self.first = [*self.first, value][: self.WINDOW]
-        self.last = [*self.last, value][-self.WINDOW :]
-        return (sum(self.first) / len(self.first) - sum(self.last) / len(self.last)) * metrics["chosen_length"]
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-
-
-def warn_of_drop(config: DPOConfig, drop: float, run: Run) -> None:
-    """Say it once: users take it for a bug."""
+    if config.needs_reference:
+        drop = -metrics["chosen_log_ratio"]
+    else:
+        drop = level.update(metrics["chosen_logprobs_per_token"]) * metrics["chosen_length"]
     if 0 < config.chosen_drop_warning < drop:
         run.warn(CHOSEN_FELL.format(limit=config.chosen_drop_warning))
 
@@ -611,6 +596,21 @@ def warn_of_imbalance(config: DPOConfig, trees: Sequence[Tree], run: Run) -> Non
 # --- companions
 
 
+def uses(config: DPOConfig) -> list[ModelUse]:
+    """What is asked of the model, for the check before anything is loaded."""
+    rows = ({"max_length": config.max_length},)
+    return [ModelUse(field="model", model=config.model, template=config.template, rows=rows, becomes=CAUSAL)]
+
+
+def check(config: DPOConfig) -> list[str]:
+    """Comparisons that fit in no packed row: their pairs need all their responses at once."""
+    from posttrain.estimates import oversize
+
+    limits = (config.model, config.template, config.max_length, config.max_tokens_per_micro_batch)
+    sources = () if config.is_unpaired else (config.data, config.validation)
+    return [text for data in sources for text in oversize(data, *limits)]
+
+
 def plan(config: DPOConfig) -> dict[str, Any]:
     """Rows, tokens, steps, memory and time."""
     from posttrain.estimates import rows_and_tokens, training_cost
@@ -618,7 +618,7 @@ def plan(config: DPOConfig) -> dict[str, Any]:
     size = rows_and_tokens(config.data, config.row_type, config.model.path)
     if "tokens" in size:
         size["optimizer steps"] = max(1, round(config.epochs * size["rows"] / config.batch_size))
-    frozen = int(config.needs_reference and config.reference == "live")
+    frozen = int(config.needs_reference and config.reference == "live" and not config.model.adapter.rank)
     return size | training_cost(config.model.path, size["tokens"] * config.epochs if "tokens" in size else None, frozen_models=frozen)
 
 

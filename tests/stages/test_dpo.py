@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from posttrain.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, replace, to_json
+from posttrain.config import AdapterConfig, CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, replace, to_json
+from posttrain.controllers import Fall
 from posttrain.data.chat import Chat
 from posttrain.data.tokenized import comparison_trees
 from posttrain.engine import kept
 from posttrain.models.loading import load_causal_lm
 from posttrain.packing import forest
-from posttrain.stages.dpo import ChosenLevel, DPOConfig, plan, preview, smoke, train
+from posttrain.stages.dpo import DPOConfig, check, plan, preview, smoke, train, uses, warn_of_drop
 from tests.pairs import run_pair
-from tests.runs import LINEAR, close, gradient, logged, metrics, run_stage, same, weights, write_rows
+from tests.runs import LINEAR, close, gradient, logged, metrics, open_run, run_stage, same, weights, write_rows
 from tests.stages.test_dpo_losses import slow_loss
 from tests.stages.worlds import rankings
 from tests.tiny import tiny_folder
@@ -67,6 +68,24 @@ def test_rule_16_both_references_are_the_starting_policy_to_the_end(config, tmp_
     step = replace(config, data=config.validation, optimizer=replace(STEADY, lr=0.0), evaluate_every=1, batch_size=9)
     [line] = metrics(run_stage(train, replace(step, reference="cached"), tmp_path / "still").parent)
     assert line["validation_margin"] == pytest.approx(0, abs=1e-6) and line["validation_loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("reference", ("live", "cached"))
+def test_rule_04_rule_16_the_reference_of_an_adapter_is_how_it_started(config, tmp_path, reference):
+    """A fresh adapter starts as its base, and one that is continued as itself; both stay where they were to the end."""
+    lora = AdapterConfig(rank=4, alpha=8.0, merge=False)
+    config = replace(config, model=replace(config.model, adapter=lora), reference=reference, evaluate_every=1)
+    first = run_stage(train, config, tmp_path / "first")
+    second_start = replace(config, model=replace(config.model, path=str(first)))
+    second = run_stage(train, second_start, tmp_path / "second")
+    trees, _ = comparison_trees(rankings(9, seed=1), Chat.load(config.model.path), 160)
+    base, after_first, after_second = (all_logprobs(folder, trees) for folder in (Path(config.model.path), first, second))
+    assert float((after_first - base).abs().max()) > 0.1
+    for folder, start, end in ((first, base, after_first), (second, after_first, after_second)):
+        line, *_ = lines = metrics(folder.parent)
+        assert line["loss"] == pytest.approx(math.log(2), abs=1e-6) and abs(line["margin"]) < 1e-6
+        best = min(lines, key=lambda line: line["validation_loss"])
+        assert best["validation_loss"] == pytest.approx(slow_loss(config, trees, end, start).item(), rel=1e-5)
 
 
 def test_the_held_out_numbers_are_those_of_the_exported_model(config, tmp_path):
@@ -177,9 +196,14 @@ def test_rule_01_nothing_depends_on_the_micro_batches(config, tmp_path, referenc
         close(weights(found), weights(expected))
 
 
-@pytest.mark.parametrize(("backend", "reference"), [("ddp", "cached"), ("zero2", "live"), ("zero3", "live")])
-def test_rule_01_nothing_depends_on_the_ranks(config, tmp_path, backend, reference):
-    config = replace(config, reference=reference, nll_coef=0.2)
+@pytest.mark.parametrize(
+    ("backend", "reference", "rank"),
+    [("ddp", "cached", 0), ("zero2", "live", 0), ("zero3", "live", 0), ("zero3", "live", 4), ("zero3", "cached", 4)],
+)
+def test_rule_01_nothing_depends_on_the_ranks(config, tmp_path, backend, reference, rank):
+    """All weights, and an adapter of that rank over a sharded base."""
+    model = replace(config.model, adapter=AdapterConfig(rank=rank, alpha=8.0))
+    config = replace(config, model=model, reference=reference, nll_coef=0.2)
     expected = run_stage(train, config, tmp_path / "alone" / "dpo")
     config = replace(config, max_tokens_per_micro_batch=200)
     run_pair(backend, "tests.runs:run_job", stage=STAGE, config=to_json(config), folder=str(tmp_path / backend / "dpo"))
@@ -258,16 +282,17 @@ def test_a_fall_of_the_chosen_responses_is_said_once_in_words(config, tmp_path, 
     assert "nats below" not in capsys.readouterr().out
 
 
-def test_the_fall_is_measured_against_the_reference_or_against_the_first_steps(config):
-    level, free = ChosenLevel(), replace(config, losses=("simpo",))
-    assert level.drop({"chosen_log_ratio": -7.0}, config) == 7.0
-    for value in [-1.0] * 10 + [-1.5] * 10:
-        drop = level.drop({"chosen_logprobs_per_token": value, "chosen_length": 40.0}, free)
-    assert drop == pytest.approx(20.0)
-    again = ChosenLevel()
-    again.load_state_dict(json.loads(json.dumps(level.state_dict())))
-    line = {"chosen_logprobs_per_token": -2.5, "chosen_length": 40.0}
-    assert again.drop(line, free) == level.drop(line, free) == pytest.approx(24.0)
+def test_without_a_reference_the_fall_is_that_from_the_first_steps_to_the_last(config, tmp_path, capsys):
+    level, free = Fall(), replace(config, losses=("simpo",), chosen_drop_warning=21.0)
+    with open_run(tmp_path / "x") as run:
+        for value in [-1.0] * 10 + [math.nan] + [-1.5] * 10:
+            warn_of_drop(free, {"chosen_logprobs_per_token": value, "chosen_length": 40.0}, level, run)
+        assert not run.warnings  # half a nat per token, 20 per response
+        again = Fall()
+        again.load_state_dict(json.loads(json.dumps(level.state_dict())))
+        warn_of_drop(free, {"chosen_logprobs_per_token": -2.5, "chosen_length": 40.0}, again, run)
+        assert len(run.warnings) == 1 and "more than 21.0 nats below" in run.warnings[0]
+        assert level.update(-2.5) == pytest.approx(0.6)
 
 
 def test_a_prompt_whose_responses_do_not_fit_in_a_row_is_named(config, tmp_path):
@@ -277,8 +302,14 @@ def test_a_prompt_whose_responses_do_not_fit_in_a_row_is_named(config, tmp_path)
     largest = max(range(6), key=lambda n: sizes[n])
     config = replace(config, data=write_rows(tmp_path / "six.jsonl", rows), validation=DataConfig(path=""), max_length=max(sizes) - 1)
     message = f"max_tokens_per_micro_batch={max(sizes) - 1} is below comparison {largest + 1}, whose prompt .* {max(sizes)} works"
+    small = replace(config, max_tokens_per_micro_batch=max(sizes) - 1)
     with pytest.raises(ValueError, match=message):
-        run_stage(train, replace(config, max_tokens_per_micro_batch=max(sizes) - 1), tmp_path / "dpo")
+        run_stage(train, small, tmp_path / "dpo")
+    assert (
+        len(check(small)) == 1 and str(max(sizes)) in check(small)[0] and check(replace(small, max_tokens_per_micro_batch=max(sizes))) == []
+    )
+    [use] = uses(small)
+    assert (use.field, use.becomes, dict(use.rows[0])) == ("model", "causal LM", {"max_length": max(sizes) - 1})
 
 
 def test_plan_preview_and_smoke(config):

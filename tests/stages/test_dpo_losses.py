@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain.config import DataConfig, ModelConfig, gather_problems
+from posttrain.config import AdapterConfig, DataConfig, ModelConfig, gather_problems
 from posttrain.data.chat import Chat
 from posttrain.data.tokenized import comparison_trees, judgement_trees
 from posttrain.models.loading import load_causal_lm
@@ -434,10 +434,14 @@ def test_what_is_logged_of_judgements_by_hand():
         ({"label_smoothing": 0.5}, "label_smoothing=0.5 must lie in [0, 0.5)"),
         ({"reference": "disk"}, "reference='disk' must be live or cached"),
         ({"losses": ()}, "losses=() must name one loss or more"),
+        (
+            {"model": ModelConfig(path="model", adapter=AdapterConfig(rank=4, dropout=0.1))},
+            "model.adapter.dropout=0.1 is noise in every log-ratio; 0 works",
+        ),
         ({"beta": 0.0}, "beta=0.0 must be positive; 0.1 works"),
         ({"max_tokens_per_micro_batch": 100}, "max_tokens_per_micro_batch=100 must be at least max_length=2048"),
     ],
 )
 def test_problems(settings, expected):
-    config = DPOConfig(model=ModelConfig(path="model"), data=DataConfig(path="rows"), **settings)
+    config = DPOConfig(**{"model": ModelConfig(path="model"), "data": DataConfig(path="rows"), **settings})
     assert any(expected in text for text in gather_problems(config)), gather_problems(config)
