@@ -39,14 +39,14 @@ def build(recipe: R1) -> Pipeline:
     base = base_model(pipeline, recipe)
     start = pipeline.stage("sft", sft.train, replace(recipe.sft, model=base))
     final = pipeline.stage("grpo", grpo.train, replace(recipe.grpo, policy=at(recipe.grpo.policy, start)))
-    models = {"base": base.path, "sft": start}
+    controls: dict[str, str] = {}
     if recipe.sft_alone_epochs:
         longer = replace(recipe.sft, model=base, epochs=recipe.sft_alone_epochs)
-        models["sft alone"] = pipeline.stage("sft_alone", sft.train, longer)
+        controls["sft alone"] = pipeline.stage("sft_alone", sft.train, longer)
     if recipe.rl_alone_iterations:
         zero = replace(recipe.grpo, policy=at(recipe.grpo.policy, base.path), num_iterations=recipe.rl_alone_iterations)
-        models["rl alone"] = pipeline.stage("rl_alone", grpo.train, zero)
-    compare(pipeline, recipe.evaluation, {**models, "grpo": final}, like=base)
+        controls["rl alone"] = pipeline.stage("rl_alone", grpo.train, zero)
+    compare(pipeline, recipe.evaluation, {"base": base.path, **controls, "sft": start, "grpo": final}, like=base)
     return pipeline
 
 
@@ -54,7 +54,7 @@ TINY_GRPO = GRPOConfig(
     prompts=DataConfig(path=f"{WORLD}/prompts"),
     rewards=RewardsConfig(functions=(RewardConfig(function="recipes.tiny_world:score"),), workers=2),
     objective=ALGORITHMS["dapo"],
-    num_iterations=30,
+    num_iterations=50,
     rollout_batch_size=128,
     group_size=8,
     minibatch_size=64,
@@ -63,11 +63,11 @@ TINY_GRPO = GRPOConfig(
     optimizer=OptimizerConfig(lr=2e-4, schedule="constant", warmup_steps=5),
 )
 TINY_R1 = R1(
-    **{**vars(TINY), "sft": replace(TINY.sft, epochs=1.5)},
+    **{**vars(TINY), "sft": replace(TINY.sft, epochs=2.0)},
     output_dir="runs/r1-tiny",
     grpo=TINY_GRPO,
-    sft_alone_epochs=3.5,
-    rl_alone_iterations=60,
+    sft_alone_epochs=2.6,
+    rl_alone_iterations=64,
 )
 
 GSM8K = "../shared/data/gsm8k/train.jsonl"
