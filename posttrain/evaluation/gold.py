@@ -1,7 +1,8 @@
 """Pipeline stage: compare models on held-out prompts by a gold score, and on held-out text by their loss.
 
 Every model answers the same prompts with the same random numbers at temperature 1; a function scores the answers. Means
-come with 95 % bootstrap intervals over prompts, and each model is compared with the one before it, prompt by prompt.
+come with 95 % bootstrap intervals over prompts; each model is compared with the one before it, and the last one with all,
+prompt by prompt.
 A reward model is judged by the share of held-out pairs that it orders as the labels do, resampled by prompt, because the
 pairs of one prompt are not independent.
 
@@ -227,10 +228,11 @@ def text_loss(model: Any, windows: Sequence[Tree], run: Run, max_tokens: int) ->
 
 
 def compare(judged: Sequence[Judged], tasks: Sequence[str], seed: int) -> dict[str, Any]:
-    """Means with intervals for each model, paired differences between each and the one before, means by task."""
+    """Means with intervals for each model, means by task; paired differences of each to the one before, and of the last to all."""
+    pairs = [*pairwise(judged), *((model, judged[-1]) for model in judged[:-2])]
     results: dict[str, Any] = {
         "gold_score": {model.name: bootstrap_mean(model.scores, seed=seed).to_json() for model in judged},
-        "gold_difference": {f"{b.name} - {a.name}": difference(a, b, seed).to_json() for a, b in pairwise(judged)},
+        "gold_difference": {f"{b.name} - {a.name}": difference(a, b, seed).to_json() for a, b in pairs},
     }
     if len(set(tasks)) > 1:
         results["gold_score_by_task"] = {

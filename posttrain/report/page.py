@@ -73,7 +73,8 @@ def _headline(report: PipelineReport) -> str:
 
 def _model_table(found: Mapping[str, Any], names: Sequence[str]) -> str:
     loss, spans = found.get("pretraining_loss", {}), found.get("pretraining_loss_ci95", {})
-    changes = {key.split(" - ")[0]: (key, value) for key, value in found.get("gold_difference", {}).items()}
+    differences = reversed(found.get("gold_difference", {}).items())  # the first of a model is to the one before it
+    changes = {key.split(" - ")[0]: (key, value) for key, value in differences}
     head = "<tr><th>model</th><th class=num>gold score</th><th class=num>95 % interval</th><th class=num>prompts</th>"
     head += "<th class=wide>against the one before</th><th class=num>pretraining loss</th></tr>"
     lines = []

@@ -242,3 +242,9 @@ def test_two_ranks_find_what_one_finds(config, evaluated, tmp_path):
         assert results["gold_score"] == evaluated[0]["gold_score"]
         assert results["reward_model"] == evaluated[0]["reward_model"]
         assert results["pretraining_loss"] == pytest.approx(evaluated[0]["pretraining_loss"], abs=1e-6)
+
+
+def test_the_last_model_is_compared_with_all():
+    judged = [gold.Judged(name, [0, 1], [score, score], [], []) for name, score in (("a", 0.1), ("b", 0.4), ("c", 0.3))]
+    differences = gold.compare(judged, ["", ""], 0)["gold_difference"]
+    assert {name: round(entry["mean"], 6) for name, entry in differences.items()} == {"b - a": 0.3, "c - b": -0.1, "c - a": 0.2}
