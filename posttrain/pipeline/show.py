@@ -59,6 +59,10 @@ def settings(config: Any, where: str = "") -> Iterator[tuple[str, Any]]:
         if is_dataclass(value) and not isinstance(value, type):
             yield from settings(value, f"{name}.")
             continue
+        if isinstance(value, tuple) and value and all(map(is_dataclass, value)):
+            for i, item in enumerate(value):
+                yield from settings(item, f"{name}[{i}].")
+            continue
         default = f.default if f.default is not MISSING else f.default_factory() if f.default_factory is not MISSING else MISSING
         if value != default and not (default is MISSING and value == ""):
             yield name, value
