@@ -211,7 +211,8 @@ def _copy_adapter(layer: Any, source: str, name: str) -> None:
 @contextmanager
 def taken_out(module: nn.Module) -> Iterator[None]:
     """Inside, the module lacks its adapters and scalar heads: what walks over it finds the frozen base alone."""
-    owners = [(side, name) for layer in layers(module).values() for side in (layer.lora_A, layer.lora_B) for name in side]
+    sides = [side for layer in layers(module).values() for side in (layer.lora_A, layer.lora_B, layer.lora_dropout)]
+    owners: list[tuple[nn.Module, str]] = [(side, name) for side in sides for name in side]
     owners += [(owner, "score") for owner in module.modules() if isinstance(getattr(owner, "score", None), nn.Linear)]
     kept = [(owner, name, owner._modules.pop(name)) for owner, name in owners]
     try:

@@ -91,6 +91,8 @@ def continue_adapter(engine: Engine, *, folder: str, place: str, **shape: Any) -
         if step == "resumed":
             engine.load(Path(place), {"policy": model})
         reference = engine.reference(model, lambda: load_causal_lm(config))
+        with model.gathered():  # after it a sharded backend hooks everything anew, what was added since as well
+            model.module(forest(rows()), ("logprobs",))
         before = torch.cat(infer(engine, model, rows(), ("logprobs",), 24)["logprobs"])
         update = nll(engine, model, rows())
         if step == "first":
