@@ -236,7 +236,7 @@ def test_nothing_is_left_when_the_pool_closes():
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_workers_die_with_their_parent(number):
+def test_workers_die_with_their_parent(number, tmp_path):
     program = (
         "import time; from posttrain.rewards.config import *; from posttrain.rewards.pool import Rewards\n"
         f"config = RewardsConfig(functions=(RewardConfig(function='{HERE}:obey'),), workers=2, seconds_per_response=600.0)\n"
@@ -245,7 +245,10 @@ def test_workers_die_with_their_parent(number):
         "    while not all(worker.process for worker in rewards._workers): time.sleep(0.1)\n"
         "    print(*[worker.process.pid for worker in rewards._workers], flush=True); rewards.collect()\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # a parent that is killed leaves an empty scratch folder
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     assert parent.stdout
     workers = [int(word) for word in parent.stdout.readline().split()]
     assert len(workers) == 2
