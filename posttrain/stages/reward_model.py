@@ -245,6 +245,23 @@ def plan(config: RewardModelConfig) -> dict[str, Any]:
     return size | training_cost(config.model.path, size["tokens"] * config.epochs if "tokens" in size else None)
 
 
+def preview(config: RewardModelConfig) -> str:
+    """The first comparisons as the model will read them: the best response in green, each with its rank."""
+    from posttrain.data.chat import Chat
+    from posttrain.data.rows import read_rows
+
+    chat = Chat.load(config.model.path, config.template, revision=config.model.revision)
+    shown = []
+    for row in read_rows(replace(config.data, limit=3), "comparison"):
+        tools, ranks = row.get("tools"), row.get("ranks") or range(len(row["responses"]))
+        shown.append("".join(piece.text for piece in chat.prompt_pieces(row["prompt"], tools=tools)))
+        for rank, response in sorted(zip(ranks, row["responses"]), key=lambda pair: pair[0]):
+            text = "".join(piece.text for piece in chat.response_pieces(row["prompt"], response, tools=tools))
+            shown.append(f"[{rank}] " + (f"\x1b[32m{text}\x1b[0m" if rank == min(ranks) else text))
+        shown.append("")
+    return "\n".join(shown)
+
+
 def smoke(config: RewardModelConfig) -> RewardModelConfig:
     """The same stage on 64 rows, for two optimizer steps."""
     limited = {name: replace(getattr(config, name), limit=64) for name in ("data", "validation", "demonstrations")}
