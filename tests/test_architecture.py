@@ -33,6 +33,7 @@ FLOORS = {
     "progress": 1,
     "report": 1,
     "packing": 0,
+    "preferences": 0,
     "ops": 0,
     "controllers": 0,
     "config": 0,

@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +33,8 @@ from torch import Tensor
 from posttrain.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, did_you_mean, runtime, runtime_factory, when
 from posttrain.controllers import Fall
 from posttrain.models.described import CAUSAL, ModelUse
-from posttrain.ops import ordered_pairs
-from posttrain.packing import Segment, Tree
+from posttrain.packing import Tree
+from posttrain.preferences import Pairs, Responses, best_response, longest_row, mismatched, pair_up, side_sums, summary
 
 if TYPE_CHECKING:
     from posttrain.data.chat import Chat
@@ -171,60 +170,6 @@ class DPOConfig:
         )
 
 
-# --- what the losses read
-
-
-@dataclass(frozen=True, eq=False)
-class Responses:
-    """B responses: `logprobs`, `ref_logprobs` (0 without a reference) and `lengths`, each (B,) sums over tokens in fp64;
-    `groups` the elements that they belong to, each with its slice of B."""
-
-    logprobs: Tensor
-    ref_logprobs: Tensor
-    lengths: Tensor
-    groups: Sequence[tuple[Tree, slice]]
-
-    @property
-    def log_ratios(self) -> Tensor:
-        """log pi(y|x) - log pi_ref(y|x) (B,)."""
-        return self.logprobs - self.ref_logprobs
-
-    def rewards(self, config: DPOConfig) -> Tensor:
-        """The implicit rewards (B,): beta times the log-ratio; where there is no reference and a loss reads means, per token."""
-        by_token = not config.needs_reference and not set(config.losses).isdisjoint(("simpo", "orpo"))
-        return config.beta * self.log_ratios.detach() / (self.lengths if by_token else 1)
-
-
-@dataclass(frozen=True, eq=False)
-class Pairs:
-    """P pairs of a better and a worse response to one prompt, each of these (P,): sums of log-probabilities, counts of tokens."""
-
-    chosen: Tensor
-    rejected: Tensor
-    ref_chosen: Tensor
-    ref_rejected: Tensor
-    chosen_lengths: Tensor
-    rejected_lengths: Tensor
-
-    @property
-    def chosen_ratio(self) -> Tensor:
-        return self.chosen - self.ref_chosen
-
-    @property
-    def rejected_ratio(self) -> Tensor:
-        return self.rejected - self.ref_rejected
-
-    @property
-    def lead(self) -> Tensor:
-        """By how much the chosen log-ratio leads."""
-        return self.chosen_ratio - self.rejected_ratio
-
-    @property
-    def mean_lead(self) -> Tensor:
-        """The same, of log-ratios per token."""
-        return self.chosen_ratio / self.chosen_lengths - self.rejected_ratio / self.rejected_lengths
-
-
 # --- one equation each: pairs (P,) -> losses (P,)
 
 
@@ -320,7 +265,7 @@ REFERENCE_FREE = ("simpo", "orpo", "cpo")
 
 
 def kto(log_ratios: Tensor, desirable: Tensor, baseline: float, config: DPOConfig) -> Tensor:
-    """KTO (arXiv 2402.01306, equation 8) of responses with `log_ratios (B,)`, `desirable (B,)` bool -> (B,)."""
+    """KTO (arXiv 2402.01306, equation 7) of responses with `log_ratios (B,)`, `desirable (B,)` bool -> (B,)."""
     lead = torch.where(desirable, log_ratios - baseline, baseline - log_ratios)
     weight = torch.where(desirable, config.desirable_weight, config.undesirable_weight)
     return weight * torch.sigmoid(-config.beta * lead)
@@ -328,7 +273,7 @@ def kto(log_ratios: Tensor, desirable: Tensor, baseline: float, config: DPOConfi
 
 def kl_baseline(log_ratios: Tensor) -> float:
     """KTO's z0: the mean of the mismatched responses' `log_ratios (B,)`, not below 0."""
-    return max(0.0, float(log_ratios.mean()))
+    return float(log_ratios.mean().clamp(min=0))  # NaN stays NaN
 
 
 # --- from pairs and judgements to elements: sums, with sums of what is logged
@@ -336,37 +281,25 @@ def kl_baseline(log_ratios: Tensor) -> float:
 Sums = tuple[Tensor, dict[str, Tensor]]
 
 
+def implicit_rewards(responses: Responses, config: DPOConfig) -> Tensor:
+    """beta times the log-ratios (B,), without gradient; where there is no reference and a loss reads means, per token."""
+    by_token = not config.needs_reference and not set(config.losses).isdisjoint(("simpo", "orpo"))
+    return config.beta * responses.log_ratios.detach() / (responses.lengths if by_token else 1)
+
+
 def paired_objective(responses: Responses, config: DPOConfig, nll_scale: float) -> Sums:
     """Sum over elements of the weighted losses, each a mean over its element's non-tied pairs, + `nll_scale` * the NLL of the best."""
-    index, share = pair_indices(responses.groups, responses.logprobs)
-    chosen, rejected = index.unbind(1)
-    pairs = Pairs(*(own[side] for own in (responses.logprobs, responses.ref_logprobs, responses.lengths) for side in (chosen, rejected)))
+    pairs, places, share = pair_up(responses)
+    chosen, rejected = places.unbind(1)
     parts = {name: (share * LOSSES[name](pairs, config)).sum() for name in config.losses}
     best = [part.start + best_response(tree) for tree, part in responses.groups]
     nll = -responses.logprobs[best].sum()
     loss = torch.stack([weight * part for weight, part in zip(config.loss_weights, parts.values())]).sum() + nll_scale * nll
-    rewards = responses.rewards(config)
+    rewards = implicit_rewards(responses, config)
     stats = {f"{name}_loss": part for name, part in parts.items()}
     stats |= {"nll_loss": nll, "nll_tokens": responses.lengths[best].sum(), "elements": share.sum()}
     stats |= {"accuracy": (share * (rewards[chosen] > rewards[rejected])).sum()}
     return loss, stats | side_sums("chosen", chosen, share, responses, rewards) | side_sums("rejected", rejected, share, responses, rewards)
-
-
-def pair_indices(groups: Sequence[tuple[Tree, slice]], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Places (P, 2) of each pair's better and worse response, and its share (P,) of its element."""
-    places: list[tuple[int, int]] = []
-    shares: list[float] = []
-    for tree, part in groups:
-        pairs = ordered_pairs(tree.ranks)
-        places += [(part.start + winner, part.start + loser) for winner, loser in pairs]
-        shares += [1 / len(pairs)] * len(pairs)
-    index = torch.tensor(places, dtype=torch.int64, device=like.device).reshape(-1, 2)
-    return index, torch.tensor(shares, dtype=like.dtype, device=like.device)
-
-
-def best_response(tree: Tree) -> int:
-    """The place of the first response of the best rank."""
-    return tree.ranks.index(min(tree.ranks))
 
 
 def unpaired_objective(responses: Responses, config: DPOConfig, baseline: float) -> Sums:
@@ -375,31 +308,12 @@ def unpaired_objective(responses: Responses, config: DPOConfig, baseline: float)
     counted = torch.tensor([part.start for _, part in responses.groups], dtype=torch.int64, device=responses.logprobs.device)
     log_ratios = responses.log_ratios[counted]
     loss = (config.loss_weights[0] * kto(log_ratios, desirable, baseline, config)).sum()
-    rewards = responses.rewards(config)
+    rewards = implicit_rewards(responses, config)
     right = (rewards[counted] > config.beta * baseline) == desirable
     stats = {"accuracy": right.sum(), "elements": torch.tensor(len(counted))}
     for name, side in (("chosen", counted[desirable]), ("rejected", counted[~desirable])):
         stats |= side_sums(name, side, torch.ones_like(responses.logprobs[side]), responses, rewards)
     return loss, stats
-
-
-def side_sums(name: str, side: Tensor, share: Tensor, responses: Responses, rewards: Tensor) -> dict[str, Tensor]:
-    """Sums over the responses at `side (P,)`, weighted by `share (P,)`, of what is logged about them."""
-    logprobs, lengths = responses.logprobs[side].detach(), responses.lengths[side]
-    columns = {"logprobs": logprobs, "logprobs_per_token": logprobs / lengths, "rewards": rewards[side]}
-    columns |= {"log_ratio": responses.log_ratios[side].detach(), "length": lengths}
-    return {f"{name}_{column}": (share * values).sum() for column, values in columns.items()} | {name: share.sum()}
-
-
-def summary(sums: Mapping[str, float]) -> dict[str, float]:
-    """Means from the sums of a whole step: of each side over its responses, of the rest over elements. NaN where there are none."""
-    over = {"nll_loss": sums.get("nll_tokens", 0.0)} | {name: sums[name.split("_")[0]] for name in sums if name.split("_")[0] in SIDES}
-    means = {name: value / count if (count := over.get(name, sums["elements"])) else math.nan for name, value in sums.items()}
-    means["margin"] = means["chosen_rewards"] - means["rejected_rewards"]
-    return {name: value for name, value in means.items() if name not in (*SIDES, "elements", "nll_tokens")}
-
-
-SIDES = ("chosen", "rejected")
 
 
 # --- the loop
@@ -420,6 +334,7 @@ def train(config: DPOConfig, run: Run) -> Path:
     held_out = load_rows(config, config.validation, chat, run) if config.validation.path else []
     total_steps = max(1, round(config.epochs * len(trees) / config.batch_size))
     evaluate_every = config.evaluate_every or max(1, len(trees) // config.batch_size)
+    longest = longest_row(trees)
     warn_of_imbalance(config, trees, run)
 
     check_budget([*trees, *held_out], budget, config.row_type)
@@ -436,15 +351,13 @@ def train(config: DPOConfig, run: Run) -> Path:
     for step in run.steps(total_steps):
         rows = [trees[i] for i in order.take()]
         batch = engine.pack(rows, budget)
-        log_ratios, cost = mismatched_log_ratios(config, run, policy, rows, longest_row(trees), partial(reference.of_step, step))
+        log_ratios, cost = mismatched_log_ratios(config, run, policy, rows, longest, partial(reference.of_step, step))
         objective = objective_of(config, rows, log_ratios)
         tally = Tally()
         with engine.update(policy) as update:
             for micro in batch.micro_batches():
                 ref_logprobs = reference.of_row(micro)  # (B,)
-                logprobs = micro.sum_by_response(policy.logprobs(micro).double())  # (B,)
-                lengths = micro.sum_by_response(micro.trainable.double()).clamp(min=1)  # (B,)
-                loss, stats = objective(Responses(logprobs, ref_logprobs, lengths, micro.groups))
+                loss, stats = objective(Responses.of_row(micro, policy.logprobs(micro), ref_logprobs))
                 update.backward(loss.float(), over=batch.num_trees)
                 tally.add(stats)
         metrics = {"loss": math.nan, **report(update), **summary(tally.total(engine.world)), **cost, "epoch": order.epoch}
@@ -468,11 +381,6 @@ def load_rows(config: DPOConfig, data: DataConfig, chat: Chat, run: Run) -> list
 
     load = load_judgements if config.is_unpaired else load_comparisons
     return load(run, data, chat, config.max_length, config.max_dropped_fraction)
-
-
-def longest_row(trees: Sequence[Tree]) -> int:
-    """Tokens of the longest prompt with one of its responses."""
-    return max(len(tree.root) + max(map(len, tree.children)) for tree in trees)
 
 
 def objective_of(config: DPOConfig, rows: Sequence[Tree], log_ratios: Tensor) -> Callable[[Responses], Sums]:
@@ -506,15 +414,6 @@ def load_reference(config: DPOConfig, run: Run, policy: TrainedModel, trees: Seq
     return cached(run, policy, trees, pairs, config.max_tokens_per_micro_batch)
 
 
-def mismatched(trees: Sequence[Tree], longest: int) -> list[Tree]:
-    """Each prompt with the response of the row before it (the first with the last row's), cut where the two exceed `longest` tokens."""
-    pairs = []
-    for tree, before in zip(trees, [*trees[-1:], *trees[:-1]]):
-        response, room = before.children[0], longest - len(tree.root)
-        pairs.append(Tree(tree.root, (Segment(response.input_ids[:room], response.trainable[:room]),)))
-    return pairs
-
-
 def mismatched_log_ratios(
     config: DPOConfig, run: Run, policy: TrainedModel, rows: Sequence[Tree], longest: int, reference: Callable[[Sequence[Tree]], Tensor]
 ) -> tuple[Tensor, dict[str, float]]:
@@ -539,9 +438,6 @@ class HeldOut:
         from posttrain.reference import starting_logprobs, zeros
 
         self.config, self.run, self.policy, self.trees = config, run, policy, trees
-        self.lengths = torch.tensor([float(child.trainable.sum()) for tree in trees for child in tree.children]).double().clamp(min=1)
-        ends = list(accumulate(tree.num_responses for tree in trees))
-        self.groups = [(tree, slice(end - tree.num_responses, end)) for tree, end in zip(trees, ends)]
         self.longest = longest_row(trees) if trees else 0
         pairs = mismatched(trees, self.longest) if config.is_unpaired else []
         known = partial(starting_logprobs, run, policy, max_tokens=config.max_tokens_per_micro_batch) if config.needs_reference else zeros
@@ -554,8 +450,7 @@ class HeldOut:
         config = self.config
         logprobs = sequence_logprobs(self.run.engine, self.policy, self.trees, config.max_tokens_per_micro_batch)
         log_ratios, _ = mismatched_log_ratios(config, self.run, self.policy, self.trees, self.longest, lambda pairs: self.ref_mismatched)
-        responses = Responses(logprobs, self.ref_logprobs, self.lengths, self.groups)
-        loss, sums = objective_of(config, self.trees, log_ratios)(responses)
+        loss, sums = objective_of(config, self.trees, log_ratios)(Responses.of_trees(self.trees, logprobs, self.ref_logprobs))
         means = summary({name: float(value) for name, value in sums.items()})
         return {
             "validation_loss": float(loss) / len(self.trees),
@@ -579,7 +474,7 @@ def warn_of_drop(config: DPOConfig, metrics: Mapping[str, float], level: Fall, r
 
 
 def warn_of_imbalance(config: DPOConfig, trees: Sequence[Tree], run: Run) -> None:
-    """KTO asks for desirable_weight * n_D / (undesirable_weight * n_U) in [1, 4/3] (arXiv 2402.01306, equation 9)."""
+    """KTO asks for desirable_weight * n_D / (undesirable_weight * n_U) in [1, 4/3] (arXiv 2402.01306, equation 8)."""
     if not config.is_unpaired:
         return
     good = sum(tree.ranks == (0,) for tree in trees)

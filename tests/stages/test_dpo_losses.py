@@ -19,19 +19,8 @@ from posttrain.data.chat import Chat
 from posttrain.data.tokenized import comparison_trees, judgement_trees
 from posttrain.models.loading import load_causal_lm
 from posttrain.packing import Tree, pack, segment
-from posttrain.stages.dpo import (
-    LOSSES,
-    DPOConfig,
-    Pairs,
-    Responses,
-    kl_baseline,
-    kto,
-    log_odds,
-    mismatched,
-    objective_of,
-    summary,
-    unpaired_objective,
-)
+from posttrain.preferences import Pairs, Responses, mismatched, summary
+from posttrain.stages.dpo import LOSSES, DPOConfig, kl_baseline, kto, log_odds, objective_of, unpaired_objective
 from tests.runs import close
 from tests.stages.worlds import judgements, rankings
 from tests.tiny import CHATML, tiny_folder
@@ -299,16 +288,8 @@ def test_kto_by_hand():
     found = kto(torch.tensor([1.0, 1.0, -2.0]), torch.tensor([True, False, False]), 0.4, config)
     expected = [2 * (1 - 1 / (1 + math.exp(-0.3))), 3 * (1 - 1 / (1 + math.exp(0.3))), 3 * (1 - 1 / (1 + math.exp(-1.2)))]
     assert found.tolist() == pytest.approx(expected)
+    assert math.isnan(kl_baseline(torch.tensor([1.0, math.nan])))  # and not 0, which would hide it
     assert kl_baseline(torch.tensor([1.0, -3.0])) == 0 and kl_baseline(torch.tensor([1.0, -0.5])) == pytest.approx(0.25)
-
-
-def test_mismatched_responses_are_those_of_the_row_before_cut_to_what_fits():
-    def tree(prompt: int, response: int) -> Tree:
-        return Tree(segment([1] * prompt), (segment([response] * response, True),), ranks=(0,))
-
-    pairs = mismatched([tree(3, 4), tree(5, 2), tree(2, 6)], longest=8)
-    assert [pair.children[0].input_ids.tolist() for pair in pairs] == [[6] * 5, [4] * 3, [2] * 2]
-    assert [len(pair.root) for pair in pairs] == [3, 5, 2] and all(pair.num_tokens <= 8 for pair in pairs)
 
 
 # --- K responses
