@@ -60,7 +60,7 @@ PREFERENCES = DataConfig(path=f"{SHARED}/preference/dpo_en_demo.json", split="tr
 SMOLLM2 = ModelConfig(path="models/SmolLM2-135M-Instruct")
 GSM8K_TEST = GoldConfig(
     prompts=DataConfig(path=GSM8K, split="train[7000:]"),
-    score="recipes.gsm8k:score",
+    score="posttrain.rewards.verifiers:gsm8k",
     sampling=SamplingConfig(max_new_tokens=192),
     max_prompt_length=256,
     max_tokens_per_micro_batch=1024,
@@ -112,7 +112,7 @@ ZEPHYR_7B = DPO(
     ),
     evaluation=GoldConfig(
         prompts=DataConfig(path="openai/gsm8k?name=main", split="test"),
-        score="recipes.gsm8k:score",
+        score="posttrain.rewards.verifiers:gsm8k",
         sampling=SamplingConfig(max_new_tokens=512),
     ),
 )

@@ -129,7 +129,7 @@ SMOLLM2 = InstructGPT(
     ),
     evaluation=GoldConfig(
         prompts=DataConfig(path=f"{GSM8K}/train.jsonl", split="train[7000:]"),
-        score="recipes.gsm8k:score",
+        score="posttrain.rewards.verifiers:gsm8k",
         sampling=SamplingConfig(max_new_tokens=192),
         text=DataConfig(path=DOLLY, format="recipes.gsm8k:passage", split="train[95%:]"),
         max_prompt_length=256,
@@ -164,7 +164,7 @@ LLAMA_8B = InstructGPT(
     ),
     evaluation=GoldConfig(
         prompts=DataConfig(path="openai/gsm8k?name=main", split="test"),
-        score="recipes.gsm8k:score",
+        score="posttrain.rewards.verifiers:gsm8k",
         sampling=SamplingConfig(max_new_tokens=512),
         text=DataConfig(path="HuggingFaceFW/fineweb-edu?name=sample-10BT", split="train[200000:201000]"),
         text_window=1024,
