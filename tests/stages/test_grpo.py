@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +28,17 @@ from posttrain.data.sampler import Sampler
 from posttrain.models.loading import load_causal_lm
 from posttrain.rewards.config import RewardConfig, RewardsConfig
 from posttrain.rollout.local import Rollout, sample
-from posttrain.run import Stopped
 from posttrain.stages.grpo import ALGORITHMS, GRPOConfig, ObjectiveConfig, smoke, train
 from tests.pairs import run_pair
-from tests.runs import LINEAR, close, logged, metrics, nearly, open_run, reward_folder, run_stage, same, weights, write_rows
+from tests.runs import LINEAR, close, metrics, open_run, reward_folder, run_stage, same, weights, write_rows
 from tests.stages import reward_functions
-from tests.stages.test_ppo import moved, norm, policy_folder, slow_logprobs, text_gradient
+from tests.stages.test_ppo import alike, identical, moved, norm, policy_folder, slow_logprobs, stop_while_sampling, text_gradient
 from tests.stages.worlds import conversations, prompts, texts
 from tests.tiny import tiny_folder
 
 STEADY = OptimizerConfig(lr=1e-2, eps=1e-4, weight_decay=0.1, schedule="constant")
 STAGE = "posttrain.stages.grpo:train"
+ONE = ("model",)  # what the stage writes
 
 
 def reward(*names: str, failing: float = 0.0, **options: Any) -> RewardsConfig:
@@ -320,22 +319,13 @@ def several(config: GRPOConfig, **changes: Any) -> GRPOConfig:
     return replace(config, **{"optimizer": STEADY, "minibatch_size": 8, "num_epochs": 2, "ptx_coef": 0.5, "ptx_batch_size": 2, **changes})
 
 
-def alike(found: Path, expected: Path) -> None:
-    tiny = ("kl", "kl_k3", "approx_kl", "policy_loss")  # 0 but for rounding, or nearly
-    ours, theirs = ([{n: x for n, x in line.items() if n not in tiny} for line in logged(folder)] for folder in (found, expected))
-    assert ours == nearly(theirs)
-    for name in tiny:
-        assert logged(found, name)[0] == pytest.approx(logged(expected, name)[0], rel=1e-5, abs=2e-6)
-    close(weights(found / "model"), weights(expected / "model"), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("algorithm", ("grpo", "dapo", "gspo"))
 def test_rule_01_nothing_depends_on_the_micro_batches(config, tmp_path, algorithm):
     config = several(replace(config, objective=ALGORITHMS[algorithm], mask_truncated=algorithm == "dapo"))
     expected = run_stage(train, replace(config, max_tokens_per_micro_batch=4096), tmp_path / "one_row")
     for budget in (72, 131):
         found = run_stage(train, replace(config, max_tokens_per_micro_batch=budget), tmp_path / f"rows_of_{budget}")
-        alike(found.parent, expected.parent)
+        alike(found.parent, expected.parent, ONE)
 
 
 @pytest.mark.parametrize("backend", ("ddp", "zero2", "zero3"))
@@ -343,7 +333,7 @@ def test_rule_01_17_nothing_depends_on_the_ranks(config, tmp_path, backend):
     config = several(replace(config, rewards=reward("sometimes", failing=0.9)))
     expected = run_stage(train, config, tmp_path / "alone")
     run_pair(backend, "tests.runs:run_job", stage=STAGE, config=to_json(config), folder=str(tmp_path / backend))
-    alike(tmp_path / backend, expected.parent)
+    alike(tmp_path / backend, expected.parent, ONE)
 
 
 def test_rule_05_a_run_starts_with_ratio_1_and_kl_0(config, tmp_path):
@@ -385,12 +375,6 @@ def everything(config: GRPOConfig) -> GRPOConfig:
     )
 
 
-def identical(killed: Path, straight: Path, steps: int) -> None:
-    assert metrics(killed) == metrics(straight) and len(metrics(killed)) == steps
-    assert same(weights(killed / "model"), weights(straight / "model"))
-    assert (killed / "samples.jsonl").read_text() == (straight / "samples.jsonl").read_text()
-
-
 def test_rule_08_killed_and_resumed_twice_is_bitwise_the_run_in_one_go(config, tmp_path):
     config = everything(config)
     run_stage(train, config, tmp_path / "straight")
@@ -398,7 +382,7 @@ def test_rule_08_killed_and_resumed_twice_is_bitwise_the_run_in_one_go(config, t
         run_stage(train, config, tmp_path / "killed", dies_at=dies_at)
         assert len(metrics(tmp_path / "killed")) == dies_at and not (tmp_path / "killed" / "model").exists()
     run_stage(train, config, tmp_path / "killed")
-    identical(tmp_path / "killed", tmp_path / "straight", 4)
+    identical(tmp_path / "killed", tmp_path / "straight", 4, ONE)
 
 
 def test_rule_08_on_zero2(config, tmp_path):
@@ -406,7 +390,7 @@ def test_rule_08_on_zero2(config, tmp_path):
     job = dict(stage=STAGE, config=to_json(config))
     run_pair("zero2", "tests.runs:run_job", **job, folder=str(tmp_path / "straight"))
     run_pair("zero2", "tests.runs:run_job", **job, folder=str(tmp_path / "killed"), deaths=[2, 3, 0])
-    identical(tmp_path / "killed", tmp_path / "straight", 3)
+    identical(tmp_path / "killed", tmp_path / "straight", 3, ONE)
 
 
 def test_rule_16_a_lora_policy_starts_as_its_reference_and_resumes_bit_for_bit(config, tmp_path):
@@ -417,19 +401,11 @@ def test_rule_16_a_lora_policy_starts_as_its_reference_and_resumes_bit_for_bit(c
     assert lines[0]["kl"] == 0 and lines[-1]["kl_k3"] > 1e-4
     run_stage(train, config, tmp_path / "killed", dies_at=2)
     run_stage(train, config, tmp_path / "killed")
-    identical(tmp_path / "killed", tmp_path / "straight", 3)
+    identical(tmp_path / "killed", tmp_path / "straight", 3, ONE)
 
 
 def test_rule_24_a_stop_while_sampling_saves_the_iterations_start(config, tmp_path):
-    config = replace(several(config), num_iterations=2)
-    straight = run_stage(train, config, tmp_path / "straight")
-    with open_run(tmp_path / "stopped") as run:
-        assert not run.engine.stop.signal_number  # from here on the signal is a flag
-        signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(Stopped) as stopped:
-            train(config, run)
-    assert stopped.value.code == 143 and "step_000000" in stopped.value.message
-    identical(run_stage(train, config, tmp_path / "stopped").parent, straight.parent, 2)
+    identical(*stop_while_sampling(train, replace(several(config), num_iterations=2), tmp_path), 2, ONE)
 
 
 # --- the whole
