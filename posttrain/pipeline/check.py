@@ -9,7 +9,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.config import DataConfig, ModelConfig, did_you_mean, gather_problems, has_type_problems, resolve
+from posttrain.config import AdapterConfig, DataConfig, ModelConfig, did_you_mean, gather_problems, has_type_problems, resolve
 from posttrain.pipeline.identity import FUNCTION, Contents, data_content, model_content
 from posttrain.pipeline.needs import model_problems, stand_ins
 from posttrain.pipeline.pipeline import HANDLE, STAGE_NAME, Pipeline, Stage, nodes, with_outputs
@@ -127,6 +127,10 @@ def _source_problems(config: Any, where: str, contents: Contents, unreadable: se
     """
     found = []
     for name, value in nodes(config, where):
+        if isinstance(value, AdapterConfig) and value.quantize != "none":
+            from posttrain.models.quantized import quantize_problems
+
+            found += [f"{name}: {text}" for text in quantize_problems(value)]
         try:
             if isinstance(value, DataConfig) and value.path:
                 _check_names(value)

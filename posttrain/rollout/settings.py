@@ -6,7 +6,6 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config import ModelConfig, did_you_mean, when
-from posttrain.models.quantized import quantize_problems
 
 if TYPE_CHECKING:
     from posttrain.data.chat import Chat
@@ -19,7 +18,7 @@ def rollout_problems(config: Any) -> list[str]:
     divisors = [n for n in range(1, max(1, config.rollout_batch_size) + 1) if config.rollout_batch_size % n == 0]
     nearest = min(divisors, key=lambda n: abs(n - config.minibatch_size))
     adapter = config.policy.adapter
-    return [f"policy.{text}" for text in quantize_problems(adapter)] + when(
+    return when(
         (
             adapter.dropout > 0,
             f"policy.adapter.dropout={adapter.dropout}: only SFT trains with dropout, ratios would not start at 1; 0 works",

@@ -338,7 +338,7 @@ def train(config: DPOConfig, run: Run) -> Path:
     warn_of_imbalance(config, trees, run)
 
     check_budget([*trees, *held_out], budget, config.row_type)
-    module = load_causal_lm(config.model, chat.tokenizer)
+    module = load_causal_lm(config.model, chat.tokenizer, seed=run.seed)
     check_fits(module, longest_row([*trees, *held_out]), f"{config.row_type}s")
     policy = engine.train(module, config.optimizer, total_steps, name="policy")
     order = Sampler(len(trees), config.batch_size, run.seed)

@@ -78,6 +78,10 @@ class RewardModelConfig:
             (self.epochs <= 0, f"epochs={self.epochs} must be positive; 1 works"),
             (self.batch_size < 1, f"batch_size={self.batch_size} must be at least 1; 64 works"),
             (self.max_length < 2, f"max_length={self.max_length} must be at least 2; 2048 works"),
+            (
+                self.model.adapter.dropout > 0,
+                f"model.adapter.dropout={self.model.adapter.dropout} is noise in every score; 0 works, SFT alone trains with it",
+            ),
             (self.margin < 0, f"margin={self.margin} must not be negative; 0 is off"),
             (self.centering_coef < 0, f"centering_coef={self.centering_coef} must not be negative; 0 is off"),
             (self.evaluate_every < 0, f"evaluate_every={self.evaluate_every} must not be negative; 0 is at the end only"),

@@ -156,7 +156,7 @@ def train(config: SFTConfig, run: Run) -> Path:
     total_steps = max(1, round(config.epochs * len(trees) / config.batch_size))
     evaluate_every = config.evaluate_every or max(1, len(trees) // config.batch_size)
 
-    model = load_causal_lm(config.model, chat.tokenizer)
+    model = load_causal_lm(config.model, chat.tokenizer, seed=run.seed)
     check_fits(model, max(tree.num_tokens for tree in (*trees, *held_out, *windows)), "rows")
     model.neftune_alpha = config.neftune_alpha
     set_dropout(model, config.dropout)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from posttrain.config import DataConfig, ModelConfig, OptimizerConfig, SamplingConfig
+from posttrain.config import AdapterConfig, DataConfig, ModelConfig, OptimizerConfig, SamplingConfig
 from posttrain.evaluation import gold
 from posttrain.evaluation.gold import GoldConfig
 from posttrain.pipeline import Pipeline
@@ -162,3 +163,20 @@ def test_rule_10_what_a_finished_stage_shows_is_said_before_the_next_one_begins(
     with pytest.raises(Refused, match=r"generate\.max_prompt_length=50 .* beyond the context of model.path='@sft', 64 tokens"):
         run_pipeline(pipeline)
     assert (tmp_path / "run" / "make" / "stage.json").exists() and not (tmp_path / "run" / "sft").exists()
+
+
+def test_a_plan_counts_what_an_unfinished_stage_will_hand_on(place, tmp_path, capsys):
+    from posttrain.pipeline.command import Options, show
+
+    show(three_stages(place, tmp_path / "run"), Options(plan=True))
+    shown = capsys.readouterr().out
+    assert shown.count("parameters: ") == 3 and "4 characters a token" not in shown
+
+
+def test_four_bits_are_refused_by_name_where_their_kernels_are_missing(place, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else found(name, *rest))
+    model = replace(at(place, "base"), adapter=AdapterConfig(rank=8, quantize="nf4"))
+    pipeline = Pipeline("quantized", place / "runs")
+    pipeline.stage("sft", sft.train, SFTConfig(model=model, data=rows(place, "demonstrations"), max_length=64))
+    assert "sft.model.adapter: adapter.quantize='nf4' needs bitsandbytes" in problems(pipeline)
