@@ -55,10 +55,16 @@ def oversize(data: DataConfig, model: ModelConfig, template: str, max_length: in
     from posttrain.data.rows import read_rows
 
     rows = read_rows(data, "comparison")
-    longest = sorted(range(len(rows)), key=lambda i: -sum(map(len, _texts(rows[i]))))[:LARGEST]
-    bare = [len(e.ids) for e in tokenizer.encode_batch(["".join(_texts(rows[i])) for i in longest])]
-    # a template adds some tokens to each response; only what comes near the limit is worth importing transformers for
-    near = [i for i, tokens in zip(longest, bare) if 1.1 * tokens + 32 * (1 + len(rows[i]["responses"])) > max_tokens]
+    # what has K responses of at most `max_length` with their prompt, has fewer than K times as many tokens
+    able = [i for i, row in enumerate(rows) if len(row["responses"]) * max_length > max_tokens]
+    longest = sorted(able, key=lambda i: -sum(map(len, _texts(rows[i]))))[:LARGEST]
+    near = []
+    for i in longest:
+        parts = [rows[i]["prompt"], *rows[i]["responses"]]
+        prompt, *responses = (len(e.ids) for e in tokenizer.encode_batch(["".join(_texts(part)) for part in parts]))
+        # a template adds some tokens to each part: only what may come near the limit is worth importing transformers for
+        if prompt + max(responses) <= max_length and 1.05 * (prompt + sum(responses)) + 16 * len(parts) > max_tokens:
+            near.append(i)
     if not near:
         return []
     from posttrain.data.chat import Chat
@@ -87,7 +93,8 @@ def training_cost(model_path: str, tokens: Any, *, trained_models: int = 1, froz
     memory = parameters * (BYTES_TRAINED * trained_models + 4 * frozen_models) / 2**30
     cost = {"parameters": parameters, "memory": f"about {memory:.2f} GiB and activations, one process; ZeRO divides it by the ranks"}
     if isinstance(tokens, int | float):
-        cost["time"] = f"about {6 * parameters * tokens / (EFFICIENCY * matmul_flops()) / 60:.1f} min on one device like this one"
+        minutes = 6 * parameters * tokens / (EFFICIENCY * matmul_flops()) / 60
+        cost["time"] = f"about {f'{minutes:.1f} min' if minutes < 120 else f'{minutes / 60:.1f} h'} on one device like this one"
     return cost
 
 

@@ -306,6 +306,17 @@ def uses(config: GoldConfig) -> list[ModelUse]:
     return [*models, judge] if config.reward_model.path else models
 
 
+def plan(config: GoldConfig) -> dict[str, Any]:
+    """Prompts, responses of all models and an upper bound on their tokens."""
+    from posttrain.estimates import rows_and_tokens
+
+    size = rows_and_tokens(config.prompts, "prompt", config.models[0].path)
+    if "tokens" not in size:
+        return size
+    responses = size["rows"] * config.samples_per_prompt * len(config.models)
+    return {"prompts": size["rows"], "responses": responses, "tokens at most": responses * config.sampling.max_new_tokens}
+
+
 def smoke(config: GoldConfig) -> GoldConfig:
     """The same stage on 64 rows of everything."""
     limited: Mapping[str, Any] = {

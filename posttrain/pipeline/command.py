@@ -23,6 +23,8 @@ from posttrain.run import Stopped
 
 Recipe = TypeVar("Recipe")
 
+PIPED_WIDTH = 140  # of a plan that goes to a file or a pager
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -150,7 +152,8 @@ def show(pipeline: Pipeline, options: Options) -> None:
     standings = prepare(pipeline, only=options.only, redo=options.redo)
     if os.environ.get("RANK", "0") != "0":
         return
-    console = Console(soft_wrap=not sys.stdout.isatty())
+    piped = not sys.stdout.isatty()
+    console = Console(soft_wrap=piped, width=PIPED_WIDTH if piped and "COLUMNS" not in os.environ else None)
     if options.plan:
         show_plan(console, pipeline, standings)
     if options.preview:

@@ -62,7 +62,7 @@ class Pipeline:
         companions that take the config: `uses -> list[ModelUse]` (what is asked of its models), `check -> list[str]` (problems
         in the files that it names), `plan -> dict` (numbers for --plan), `preview -> str` (for --preview and preview.txt) and
         `smoke -> config` (the stage in small). In the config that they see, handles of finished stages are paths, the others
-        are still handles; only for `check`, the model that a stage starts from stands in for the one that it will make.
+        are still handles; for `check` and `plan`, the model that a stage starts from stands in for the one that it will make.
         """
         self.stages.append(Stage(name=name, function=function, config=config))
         return f"@{name}"

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 def prepare(pipeline: Pipeline, *, only: str = "", redo: Sequence[str] = ()) -> dict[str, Standing]:
     """Check the whole pipeline and say where each stage stands. Reads only. Raises Refused with every problem found."""
     names = [stage.name for stage in pipeline.stages]
-    if only and only not in names:
-        raise Refused("nothing was run:", [f"--only {only}: no such stage{did_you_mean(only, names)}"])
-    redone = standings.redo_names(pipeline, redo)
+    asked = [("--only", only)] * bool(only) + [("--redo", name) for name in redo]
+    problems = [f"{option} {name}: no such stage{did_you_mean(name, names)}" for option, name in asked if name not in names]
+    redone = pipeline.standing_on(set(redo))
     outputs = standings.outputs_on_disk(pipeline, redone)
-    problems = pipeline_problems(pipeline, Contents(pipeline.output_dir / ".digests.json"), outputs)
+    problems += pipeline_problems(pipeline, Contents(pipeline.output_dir / ".digests.json"), outputs)
     if problems:
         raise Refused(f"pipeline {pipeline.name!r} cannot run as it is:", problems)
     return survey(pipeline, redone)
@@ -85,7 +85,7 @@ def _begin(pipeline: Pipeline, only: str, redo: Sequence[str]) -> list[str]:
             states = ", ".join(f"{name} ({found[name].state})" for name in missing)
             raise Refused("nothing was run:", [f"--only {only} needs finished stages: {states}; run --only {missing[0]} first"])
     standings.refuse_changed(found, names)
-    for path in standings.set_aside(pipeline, standings.redo_names(pipeline, redo)):
+    for path in standings.set_aside(pipeline, pipeline.standing_on(set(redo))):
         print(f"set aside: {path}", flush=True)
     pipeline.output_dir.mkdir(parents=True, exist_ok=True)
     _record(pipeline)

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.pipeline.check import Refused, describe_inputs
+from posttrain.pipeline.needs import stand_ins
 from posttrain.pipeline.pipeline import Pipeline, Stage, with_outputs
 from posttrain.pipeline.standing import CHANGED, DONE, NEW, RESUMES, WAITS, Standing, outputs_of
 
@@ -31,11 +32,12 @@ def show_plan(console: Console, pipeline: Pipeline, standings: Mapping[str, Stan
         table.add_row(stage.name, function, describe_inputs(stage.config), Text(standing_text(standing), COLORS[standing.state]))
     console.print(table)
     outputs = outputs_of(pipeline, dict(standings))
+    likely = {**stand_ins(pipeline.stages, outputs), **outputs}  # a model that will be trained is as large as the one it starts from
     for stage in pipeline.stages:
         console.print(f"\n[bold]{stage.name}[/bold]  [dim]{type(stage.config).__name__}[/dim]")
         for name, value in settings(stage.config):
             console.print(f"  {name} = {escape(repr(value))}", highlight=True)
-        for name, value in (ask(stage, "plan", outputs) or {}).items():
+        for name, value in (ask(stage, "plan", likely) or {}).items():
             console.print(f"  [magenta]{name}[/magenta]: {escape(number(value))}")
         for line in standings[stage.name].differences:
             console.print(f"  [red]changed[/red] {escape(line)}")

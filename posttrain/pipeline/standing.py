@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from posttrain.config import did_you_mean
 from posttrain.pipeline.check import Refused
 from posttrain.pipeline.identity import UNKNOWN, Contents, differences, digest, made_of
 from posttrain.pipeline.pipeline import Pipeline, Stage
@@ -111,15 +110,6 @@ def refuse_changed(standings: dict[str, Standing], names: Iterable[str]) -> None
             "these stages were run with something else; --redo STAGE runs one anew, and what stands on it (the old folder is kept aside):",
             [f"{name}\n" + "\n".join(standing.differences) for name, standing in changed.items()],
         )
-
-
-def redo_names(pipeline: Pipeline, asked: Iterable[str]) -> set[str]:
-    """The stages to run anew: those asked for and everything that stands on them. Raises Refused for a name that is none."""
-    names = [stage.name for stage in pipeline.stages]
-    unknown = [f"--redo {name}: no such stage{did_you_mean(name, names)}" for name in asked if name not in names]
-    if unknown:
-        raise Refused("nothing was run:", unknown)
-    return pipeline.standing_on(set(asked))
 
 
 def set_aside(pipeline: Pipeline, names: Iterable[str]) -> list[Path]:

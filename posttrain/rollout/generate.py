@@ -130,6 +130,17 @@ def uses(config: GenerateConfig) -> list[ModelUse]:
     return [ModelUse(field="model", model=config.model, template=config.template, rows=(longest,))]
 
 
+def plan(config: GenerateConfig) -> dict[str, Any]:
+    """Prompts, responses and an upper bound on tokens."""
+    from posttrain.estimates import rows_and_tokens
+
+    size = rows_and_tokens(config.prompts, "prompt", config.model.path)
+    if "tokens" not in size:
+        return size
+    responses = size["rows"] * config.samples_per_prompt
+    return {"prompts": size["rows"], "responses": responses, "tokens at most": size["tokens"] + responses * config.sampling.max_new_tokens}
+
+
 def smoke(config: GenerateConfig) -> GenerateConfig:
     """The same stage on 64 prompts, in two chunks."""
     return replace(config, prompts=replace(config.prompts, limit=64), chunk_size=32)
