@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import peft
 import pytest
 from transformers import AutoConfig
 
@@ -33,6 +34,13 @@ def test_the_context_is_what_the_loaded_config_gives(family, tmp_path):
 def test_the_kind_is_read_from_the_architecture(tmp_path):
     assert describe(ModelConfig(path=str(tiny_folder(tmp_path / "lm")))) == Description(256, CAUSAL)
     assert describe(ModelConfig(path=str(reward_folder(tmp_path / "judge")))) == Description(256, REWARD)
+
+
+@pytest.mark.parametrize(("task", "kind"), [("CAUSAL_LM", CAUSAL), ("SEQ_CLS", REWARD)])
+def test_an_adapter_has_the_context_of_its_base_and_its_own_head(task, kind, tmp_path):
+    base, folder = tiny_folder(tmp_path / "base"), tmp_path / "adapter"
+    peft.LoraConfig(task_type=task, base_model_name_or_path=str(base), r=2).save_pretrained(str(folder))
+    assert describe(ModelConfig(path=str(folder))) == Description(256, kind)
 
 
 def test_a_stages_folder_is_told_from_its_model(tmp_path):
