@@ -6,6 +6,7 @@ Guesses, and marked so: tokens come from a sample of rows, time from the speed o
 from __future__ import annotations
 
 import json
+import math
 import struct
 import time
 from collections.abc import Iterator
@@ -83,6 +84,42 @@ def oversize(data: DataConfig, model: ModelConfig, template: str, max_length: in
         f"max_tokens_per_micro_batch={max_tokens} is below row {worst + 1} of {data.path}, whose prompt and "
         f"{len(rows[worst]['responses'])} responses have {sizes[worst]} tokens; {sizes[worst]} works"
     ]
+
+
+def too_long(
+    data: DataConfig, kind: str, model: ModelConfig, max_length: int, max_dropped_fraction: float, field: str = "max_length"
+) -> list[str]:
+    """A problem when more rows of a source than may be dropped are longer than `max_length` tokens, which `field` says; else [].
+
+    Judged by a sample of a local source, without what a template adds: a share that is beyond doubt. The rest is left to
+    the stage, which looks at every row before it loads a model.
+    """
+    path, tokenizer = Path(data.path).expanduser(), _tokenizer(model.path)
+    if not data.path or tokenizer is None or not path.exists() or _bytes(path) > READ_BYTES:
+        return []
+    from posttrain.data.rows import read_rows
+
+    rows = read_rows(data, kind)
+    sample = rows[:: max(1, len(rows) // SAMPLE)]
+    lengths = [len(e.ids) for e in tokenizer.encode_batch([_shortest(row) for row in sample])]
+    share = sum(length > max_length for length in lengths) / len(sample)
+    doubt = 0.0 if len(sample) == len(rows) else 3 * (share * (1 - share) / len(sample)) ** 0.5
+    if share - doubt <= max_dropped_fraction:
+        return []
+    fitting = sorted(lengths)[math.ceil((1 - max_dropped_fraction) * len(lengths)) - 1]
+    return [
+        f"{field}={max_length} is below the length of {share:.0%} of the rows of {data.path}, which would be dropped: more than "
+        f"max_dropped_fraction={max_dropped_fraction}; {field}={fitting} and what the template adds works"
+    ]
+
+
+def _shortest(row: dict[str, Any]) -> str:
+    """What of a row must fit, or it is dropped: a conversation up to the assistant's first words, a prompt with its longest response."""
+    if "messages" in row:
+        ends = [n for n, message in enumerate(row["messages"]) if message["role"] == "assistant"]
+        return "".join(_texts(row["messages"][: ends[0] + 1] if ends else []))
+    responses = ["".join(_texts(response)) for response in (*row.get("responses", ()), row.get("response", ""))]
+    return "".join(_texts(row["prompt"])) + max(responses, key=len)
 
 
 def training_cost(model_path: str, tokens: Any, *, trained_models: int = 1, frozen_models: int = 0) -> dict[str, Any]:

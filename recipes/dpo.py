@@ -83,7 +83,7 @@ SMOLLM2_DPO = DPO(
         validation=replace(PREFERENCES, split="train[90%:]"),
         max_length=1024,
         batch_size=16,
-        max_dropped_fraction=0.3,  # its long conversations need more memory than a laptop has
+        max_dropped_fraction=0.5,  # its long conversations need more memory than a laptop has
         max_tokens_per_micro_batch=2048,
         optimizer=OptimizerConfig(lr=2e-5, warmup_steps=2),
     ),

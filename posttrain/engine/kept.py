@@ -30,12 +30,14 @@ VERSION = 1
 PART = 1024  # trees in a file: what an interrupted pass does again at most
 
 
-def sequence_logprobs(engine: Engine, model: FrozenModel, trees: Sequence[Tree], max_tokens: int) -> Tensor:
+def sequence_logprobs(
+    engine: Engine, model: FrozenModel, trees: Sequence[Tree], max_tokens: int, progress: Callable[[int], None] | None = None
+) -> Tensor:
     """log pi of each response of a global batch, summed over its trainable tokens: (B,) on every rank's CPU.
 
     In fp64, as what is read from them is small differences between sums of hundreds of nats.
     """
-    logprobs = infer(engine, model, trees, ("logprobs",), max_tokens)["logprobs"]
+    logprobs = infer(engine, model, trees, ("logprobs",), max_tokens, progress=progress)["logprobs"]
     return torch.stack([own.sum(dtype=torch.float64) for own in logprobs])
 
 

@@ -306,6 +306,14 @@ def uses(config: GoldConfig) -> list[ModelUse]:
     return [*models, judge] if config.reward_model.path else models
 
 
+def check(config: GoldConfig) -> list[str]:
+    """Prompts that are too long, more of them than may be dropped."""
+    from posttrain.estimates import too_long
+
+    limits = (config.max_prompt_length, config.max_dropped_fraction, "max_prompt_length")
+    return too_long(config.prompts, "prompt", config.models[0], *limits)
+
+
 def plan(config: GoldConfig) -> dict[str, Any]:
     """Prompts, responses of all models and an upper bound on their tokens."""
     from posttrain.estimates import rows_and_tokens

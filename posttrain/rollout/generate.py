@@ -130,6 +130,14 @@ def uses(config: GenerateConfig) -> list[ModelUse]:
     return [ModelUse(field="model", model=config.model, template=config.template, rows=(longest,))]
 
 
+def check(config: GenerateConfig) -> list[str]:
+    """Prompts that are too long, more of them than may be dropped."""
+    from posttrain.estimates import too_long
+
+    limits = (config.max_prompt_length, config.max_dropped_fraction, "max_prompt_length")
+    return too_long(config.prompts, "prompt", config.model, *limits)
+
+
 def plan(config: GenerateConfig) -> dict[str, Any]:
     """Prompts, responses and an upper bound on tokens."""
     from posttrain.estimates import rows_and_tokens

@@ -448,7 +448,8 @@ class HeldOut:
         from posttrain.engine.kept import sequence_logprobs
 
         config = self.config
-        logprobs = sequence_logprobs(self.run.engine, self.policy, self.trees, config.max_tokens_per_micro_batch)
+        pace = self.run.pace(sum(tree.num_tokens for tree in self.trees) // self.run.engine.world.size)
+        logprobs = sequence_logprobs(self.run.engine, self.policy, self.trees, config.max_tokens_per_micro_batch, pace)
         log_ratios, _ = mismatched_log_ratios(config, self.run, self.policy, self.trees, self.longest, lambda pairs: self.ref_mismatched)
         loss, sums = objective_of(config, self.trees, log_ratios)(Responses.of_trees(self.trees, logprobs, self.ref_logprobs))
         means = summary({name: float(value) for name, value in sums.items()})
@@ -498,12 +499,15 @@ def uses(config: DPOConfig) -> list[ModelUse]:
 
 
 def check(config: DPOConfig) -> list[str]:
-    """Comparisons that fit in no packed row: their pairs need all their responses at once."""
-    from posttrain.estimates import oversize
+    """Rows that are too long, and comparisons that fit in no packed row: their pairs need all their responses at once."""
+    from posttrain.estimates import oversize, too_long
 
-    limits = (config.model, config.template, config.max_length, config.max_tokens_per_micro_batch)
-    sources = () if config.is_unpaired else (config.data, config.validation)
-    return [text for data in sources for text in oversize(data, *limits)]
+    found = []
+    for data in (config.data, config.validation):
+        found += too_long(data, config.row_type, config.model, config.max_length, config.max_dropped_fraction)
+        if not config.is_unpaired:
+            found += oversize(data, config.model, config.template, config.max_length, config.max_tokens_per_micro_batch)
+    return found
 
 
 def plan(config: DPOConfig) -> dict[str, Any]:

@@ -485,6 +485,14 @@ def uses(config: GRPOConfig) -> list[ModelUse]:
     return [policy, replace(judge, like="policy")]
 
 
+def check(config: GRPOConfig) -> list[str]:
+    """Prompts that are too long, more of them than may be dropped."""
+    from posttrain.estimates import too_long
+
+    limits = (config.max_prompt_length, config.max_dropped_fraction, "max_prompt_length")
+    return too_long(config.prompts, "prompt", config.policy, *limits)
+
+
 def plan(config: GRPOConfig) -> dict[str, Any]:
     """Prompts, an upper bound on tokens, steps, memory and time."""
     from posttrain.estimates import rows_and_tokens, training_cost
@@ -511,6 +519,7 @@ def smoke(config: GRPOConfig) -> GRPOConfig:
         pretraining=replace(config.pretraining, limit=64),
         sampling=replace(config.sampling, max_new_tokens=min(16, config.sampling.max_new_tokens)),
         overlong_cache=min(8, config.overlong_cache),
+        mask_truncated=False,  # so few tokens end hardly any response
         num_iterations=2,
         group_size=size,
         rollout_batch_size=4 * size,

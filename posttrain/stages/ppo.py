@@ -381,6 +381,14 @@ def uses(config: PPOConfig) -> list[ModelUse]:
     return [replace(policy, reads_text=config.ptx_coef > 0), replace(judge, like="policy")]
 
 
+def check(config: PPOConfig) -> list[str]:
+    """Prompts that are too long, more of them than may be dropped."""
+    from posttrain.estimates import too_long
+
+    limits = (config.max_prompt_length, config.max_dropped_fraction, "max_prompt_length")
+    return too_long(config.prompts, "prompt", config.policy, *limits)
+
+
 def plan(config: PPOConfig) -> dict[str, Any]:
     """Prompts, an upper bound on tokens, steps, memory and time."""
     from posttrain.estimates import rows_and_tokens, training_cost

@@ -232,11 +232,14 @@ def uses(config: RewardModelConfig) -> list[ModelUse]:
 
 
 def check(config: RewardModelConfig) -> list[str]:
-    """Comparisons that fit in no packed row: their pairs need all their scores at once."""
-    from posttrain.estimates import oversize
+    """Rows that are too long, and comparisons that fit in no packed row: their pairs need all their scores at once."""
+    from posttrain.estimates import oversize, too_long
 
-    limits = (config.model, config.template, config.max_length, config.max_tokens_per_micro_batch)
-    return [text for data in (config.data, config.validation) for text in oversize(data, *limits)]
+    found = []
+    for data in (config.data, config.validation):
+        found += too_long(data, "comparison", config.model, config.max_length, config.max_dropped_fraction)
+        found += oversize(data, config.model, config.template, config.max_length, config.max_tokens_per_micro_batch)
+    return found
 
 
 def plan(config: RewardModelConfig) -> dict[str, Any]:

@@ -220,6 +220,15 @@ def uses(config: SFTConfig) -> list[ModelUse]:
     ]
 
 
+def check(config: SFTConfig) -> list[str]:
+    """Conversations that are too long, more of them than may be dropped."""
+    from posttrain.estimates import too_long
+
+    sources = (config.data, config.validation) if config.row_type == "demonstration" else ()
+    limits = (config.row_type, config.model, config.max_length, config.max_dropped_fraction)
+    return [text for data in sources for text in too_long(data, *limits)]
+
+
 def plan(config: SFTConfig) -> dict[str, Any]:
     """Rows, tokens, steps, memory and time."""
     from posttrain.estimates import rows_and_tokens, training_cost

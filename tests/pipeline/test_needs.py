@@ -180,3 +180,25 @@ def test_four_bits_are_refused_by_name_where_their_kernels_are_missing(place, mo
     pipeline = Pipeline("quantized", place / "runs")
     pipeline.stage("sft", sft.train, SFTConfig(model=model, data=rows(place, "demonstrations"), max_length=64))
     assert "sft.model.adapter: adapter.quantize='nf4' needs bitsandbytes" in problems(pipeline)
+
+
+def test_rule_10_sources_that_are_mostly_too_long_are_named_before_anything_runs(place, tmp_path):
+    words = "the sum of three and four is seven " * 9
+    turns = [{"role": "user", "content": words}, TURNS[1]]
+    model = at(place, "base")
+    long_rows = {
+        "demonstrations": [{"messages": turns}, {"messages": TURNS}],
+        "comparisons": [{"prompt": words, "responses": ["seven", "six"]}, {"prompt": "the sum?", "responses": ["seven", "six"]}],
+        "prompts": [{"prompt": words}, {"prompt": "the sum?"}],
+    }
+    data = {name: write_rows(tmp_path / f"{name}.jsonl", kind) for name, kind in long_rows.items()}
+    pipeline = Pipeline("long", tmp_path / "runs")
+    pipeline.stage("sft", sft.train, SFTConfig(model=model, data=data["demonstrations"], max_length=32))
+    pipeline.stage("judge", reward_model.train, RewardModelConfig(model=model, data=data["comparisons"], max_length=32))
+    pipeline.stage("ppo", ppo.train, replace(sound_ppo(place), prompts=data["prompts"], max_prompt_length=32))
+    found = problems(pipeline)
+    for name in ("sft.max_length", "judge.max_length", "ppo.max_prompt_length"):
+        assert f"{name}=32 is below the length of 50% of the rows of {tmp_path}" in found
+    allowed = Pipeline("long", tmp_path / "runs")
+    allowed.stage("sft", sft.train, SFTConfig(model=model, data=data["demonstrations"], max_length=32, max_dropped_fraction=0.5))
+    prepare(allowed)
