@@ -5,7 +5,7 @@
     accelerate launch --config_file accelerate_configs/zero3.yaml recipes/r1.py qwen-7b
 
 A short SFT shows the model what an answer looks like, then GRPO (here with DAPO's settings) learns from verifiers alone.
-Preset tiny also trains each half alone for at least as many tokens, to see what they are worth together.
+Preset tiny also trains each half alone for at least as long, to see what they are worth together.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ TINY_R1 = R1(
     **{**vars(TINY), "sft": replace(TINY.sft, epochs=2.0)},
     output_dir="runs/r1-tiny",
     grpo=TINY_GRPO,
-    sft_alone_epochs=2.6,
-    rl_alone_iterations=64,
+    sft_alone_epochs=3.0,
+    rl_alone_iterations=90,
 )
 
 GSM8K = "../shared/data/gsm8k/train.jsonl"
