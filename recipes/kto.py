@@ -18,8 +18,14 @@ TINY_KTO = replace(
     TINY_DPO,
     output_dir="runs/kto-tiny",
     labels=replace(TINY_DPO.labels, kind="judgement"),
-    # one response a row: four times the rows
-    dpo=replace(TINY_DPO.dpo, losses=("kto",), epochs=1, batch_size=48, evaluate_every=60),
+    dpo=replace(
+        TINY_DPO.dpo,
+        losses=("kto",),
+        epochs=1,  # one response a row: four times the rows
+        evaluate_every=60,
+        desirable_weight=2.0,  # fewer than half of the responses are right
+        optimizer=replace(TINY_DPO.dpo.optimizer, lr=1e-4),
+    ),
 )
 SMOLLM2_KTO = replace(
     SMOLLM2_DPO,
