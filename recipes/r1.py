@@ -105,9 +105,11 @@ SMOLLM2_R1 = R1(
     ),
 )
 
-THINK = (
-    "The assistant first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning "
-    "process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively."
+THINK = (  # DeepSeek-R1, table 1
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant first thinks "
+    "about the reasoning process in the mind and then provides the user with the answer. The reasoning process and answer are "
+    "enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> "
+    "<answer> answer here </answer>."
 )
 MATH = "open-r1/OpenR1-Math-220k"
 QWEN_7B = R1(
