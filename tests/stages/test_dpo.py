@@ -145,12 +145,12 @@ def test_an_interrupted_precompute_goes_on_where_it_stopped(config, tmp_path, mo
     computed: list[int] = []
     infer = kept.infer
 
-    def mortal(engine: Any, model: Any, trees: Any, *rest: Any) -> Any:
+    def mortal(engine: Any, model: Any, trees: Any, *rest: Any, **options: Any) -> Any:
         if len(computed) == 2:
             computed.append(-1)
             raise KeyboardInterrupt
         computed.append(len(trees))
-        return infer(engine, model, trees, *rest)
+        return infer(engine, model, trees, *rest, **options)
 
     monkeypatch.setattr(kept, "infer", mortal)
     with pytest.raises(KeyboardInterrupt):
