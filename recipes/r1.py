@@ -52,7 +52,7 @@ def build(recipe: R1) -> Pipeline:
 
 TINY_GRPO = GRPOConfig(
     prompts=DataConfig(path=f"{WORLD}/prompts"),
-    rewards=RewardsConfig(functions=(RewardConfig(function="recipes.tiny_world:score"),), workers=2),
+    rewards=RewardsConfig(functions=(RewardConfig(function="recipes.tiny_world:score", name="verifier"),), workers=2),
     objective=ALGORITHMS["dapo"],
     num_iterations=50,
     rollout_batch_size=128,
