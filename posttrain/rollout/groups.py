@@ -129,6 +129,12 @@ def gather_groups(sample_round: Callable[[int], Judged], count: int, max_rounds:
     """
     rounds = [sample_round(0)]
     if not max_rounds:
+        rollout = rounds[0].rollout
+        if len(rollout.responses) > len(rollout.prompts) and not rounds[0].informative.any():
+            run.warn(
+                "all responses to each prompt of an iteration scored alike: every advantage was 0 and nothing was learnt; "
+                "easier or harder prompts, larger groups, a longer cold start, or sampling_rounds teach more"
+            )
         return rounds[0], rounds[0]
     while sum(int(judged.informative.sum()) for judged in rounds) < count and len(rounds) < max_rounds:
         rounds.append(sample_round(len(rounds)))

@@ -316,7 +316,13 @@ def test_dynamic_sampling_keeps_the_first_informative_groups():
     none, everything = gather_groups(lambda number: a_round(number, [False] * 4), 4, 2, run)
     assert len(none.rollout.prompts) == 4 and len(everything.rollout.prompts) == 8
     plain, same = gather_groups(lambda number: a_round(number, plan[number]), 4, 0, run)
-    assert plain is same and len(plain.rollout.prompts) == 4
+    assert plain is same and len(plain.rollout.prompts) == 4 and "scored alike" not in "".join(run.texts)
+
+
+def test_an_iteration_in_which_all_score_alike_is_told():
+    run: Any = Warned(texts=[])
+    gather_groups(lambda number: a_round(number, [False] * 4), 4, 0, run)
+    assert "every advantage was 0 and nothing was learnt" in run.texts[0]
 
 
 def test_chosen_groups_keep_what_belongs_to_them():
