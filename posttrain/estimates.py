@@ -9,7 +9,7 @@ import json
 import math
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,18 +44,40 @@ def rows_and_tokens(data: DataConfig, kind: str, model_path: str) -> dict[str, A
     return {"rows": count, "tokens": round(sum(lengths) / len(lengths) * count), "tokens are": f"a guess, {how}"}
 
 
-def oversize(data: DataConfig, model: ModelConfig, template: str, max_length: int, max_tokens: int) -> list[str]:
-    """A problem for the comparison of a source that has more tokens, with all its responses, than one packed row; else [].
+def row_problems(data: DataConfig, kind: str, config: Any) -> list[str]:
+    """What is wrong with the lengths of a source's rows for a stage with `model`, `template`, `max_length`, `max_dropped_fraction` and
+    `max_tokens_per_micro_batch`: more rows too long than may be dropped, a comparison larger than a packed row.
 
-    Exact for the longest rows by characters of a local source; what isn't known in seconds (hub data, gigabytes, a model
-    that isn't here yet) is left to the stage, which looks at every row before it loads a model.
+    Only what is known in seconds: hub data, gigabytes, and a model that isn't here yet are left to the stage, which looks
+    at every row before it loads a model.
     """
+    rows, tokenizer = _at_hand(data, kind, config.model)
+    found = too_long(rows, tokenizer, data.path, config.max_length, config.max_dropped_fraction, "max_length")
+    return found + (oversize(rows, tokenizer, data.path, config) if kind == "comparison" else [])
+
+
+def prompt_problems(config: Any, model: ModelConfig) -> list[str]:
+    """The same for the `prompts` of a stage that samples."""
+    rows, tokenizer = _at_hand(config.prompts, "prompt", model)
+    return too_long(rows, tokenizer, config.prompts.path, config.max_prompt_length, config.max_dropped_fraction, "max_prompt_length")
+
+
+def _at_hand(data: DataConfig, kind: str, model: ModelConfig) -> tuple[list[dict[str, Any]], Any]:
+    """The rows of a local source and the model's tokenizer, ([], None) unless both can be read in seconds."""
     path, tokenizer = Path(data.path).expanduser(), _tokenizer(model.path)
     if not data.path or tokenizer is None or not path.exists() or _bytes(path) > READ_BYTES:
-        return []
+        return [], None
     from posttrain.data.rows import read_rows
 
-    rows = read_rows(data, "comparison")
+    return read_rows(data, kind), tokenizer
+
+
+def oversize(rows: Sequence[dict[str, Any]], tokenizer: Any, source: str, config: Any) -> list[str]:
+    """A problem for the comparison that has more tokens, with all its responses, than one packed row; else [].
+
+    Exact for the longest rows by characters.
+    """
+    max_length, max_tokens = config.max_length, config.max_tokens_per_micro_batch
     # what has K responses of at most `max_length` with their prompt, has fewer than K times as many tokens
     able = [i for i, row in enumerate(rows) if len(row["responses"]) * max_length > max_tokens]
     longest = sorted(able, key=lambda i: -sum(map(len, _texts(rows[i]))))[:LARGEST]
@@ -70,7 +92,7 @@ def oversize(data: DataConfig, model: ModelConfig, template: str, max_length: in
         return []
     from posttrain.data.chat import Chat
 
-    chat = Chat.load(model.path, template, revision=model.revision)
+    chat = Chat.load(config.model.path, config.template, revision=config.model.revision)
     sizes = {}
     for i in near:
         prompt = len(chat.prompt(rows[i]["prompt"], tools=rows[i].get("tools")))
@@ -81,25 +103,20 @@ def oversize(data: DataConfig, model: ModelConfig, template: str, max_length: in
     if worst < 0 or sizes[worst] <= max_tokens:
         return []
     return [
-        f"max_tokens_per_micro_batch={max_tokens} is below row {worst + 1} of {data.path}, whose prompt and "
+        f"max_tokens_per_micro_batch={max_tokens} is below row {worst + 1} of {source}, whose prompt and "
         f"{len(rows[worst]['responses'])} responses have {sizes[worst]} tokens; {sizes[worst]} works"
     ]
 
 
 def too_long(
-    data: DataConfig, kind: str, model: ModelConfig, max_length: int, max_dropped_fraction: float, field: str = "max_length"
+    rows: Sequence[dict[str, Any]], tokenizer: Any, source: str, max_length: int, max_dropped_fraction: float, field: str
 ) -> list[str]:
-    """A problem when more rows of a source than may be dropped are longer than `max_length` tokens, which `field` says; else [].
+    """A problem when more rows than may be dropped are longer than `max_length` tokens, which `field` says; else [].
 
-    Judged by a sample of a local source, without what a template adds: a share that is beyond doubt. The rest is left to
-    the stage, which looks at every row before it loads a model.
+    Judged by a sample, without what a template adds: a share that is beyond doubt.
     """
-    path, tokenizer = Path(data.path).expanduser(), _tokenizer(model.path)
-    if not data.path or tokenizer is None or not path.exists() or _bytes(path) > READ_BYTES:
+    if not rows:
         return []
-    from posttrain.data.rows import read_rows
-
-    rows = read_rows(data, kind)
     sample = rows[:: max(1, len(rows) // SAMPLE)]
     lengths = [len(e.ids) for e in tokenizer.encode_batch([_shortest(row) for row in sample])]
     share = sum(length > max_length for length in lengths) / len(sample)
@@ -108,7 +125,7 @@ def too_long(
         return []
     fitting = sorted(lengths)[math.ceil((1 - max_dropped_fraction) * len(lengths)) - 1]
     return [
-        f"{field}={max_length} is below the length of {share:.0%} of the rows of {data.path}, which would be dropped: more than "
+        f"{field}={max_length} is below the length of {share:.0%} of the rows of {source}, which would be dropped: more than "
         f"max_dropped_fraction={max_dropped_fraction}; {field}={fitting} and what the template adds works"
     ]
 

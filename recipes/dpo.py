@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from posttrain.config import AdapterConfig, DataConfig, ModelConfig, OptimizerConfig, SamplingConfig, runtime
-from posttrain.evaluation.gold import GoldConfig
+from posttrain.config import AdapterConfig, DataConfig, ModelConfig, OptimizerConfig, runtime
 from posttrain.pipeline import Pipeline, main
 from posttrain.stages import dpo, sft
 from posttrain.stages.dpo import DPOConfig
 from posttrain.stages.sft import SFTConfig
+from recipes import gsm8k
 from recipes.begin import TINY, Beginning, at, base_model, compare, labelled_samples
 
 
@@ -55,17 +55,9 @@ TINY_DPO = DPO(
 )
 
 SHARED = "../shared/data"  # --sft.data.path and its like name other places
-DOLLY, GSM8K = f"{SHARED}/dolly/dolly_rows.jsonl", f"{SHARED}/gsm8k/train.jsonl"
+DOLLY = f"{SHARED}/dolly/dolly_rows.jsonl"
 PREFERENCES = DataConfig(path=f"{SHARED}/preference/dpo_en_demo.json", split="train[:90%]")
 SMOLLM2 = ModelConfig(path="models/SmolLM2-135M-Instruct")
-GSM8K_TEST = GoldConfig(
-    prompts=DataConfig(path=GSM8K, split="train[7000:]"),
-    score="posttrain.rewards.verifiers:gsm8k",
-    sampling=SamplingConfig(max_new_tokens=192),
-    max_prompt_length=256,
-    max_tokens_per_micro_batch=1024,
-)
-
 SMOLLM2_DPO = DPO(
     output_dir="runs/dpo-smollm2",
     sft=SFTConfig(
@@ -87,7 +79,7 @@ SMOLLM2_DPO = DPO(
         max_tokens_per_micro_batch=2048,
         optimizer=OptimizerConfig(lr=2e-5, warmup_steps=2),
     ),
-    evaluation=GSM8K_TEST,
+    evaluation=gsm8k.HELD_OUT,
 )
 
 ULTRACHAT, ULTRAFEEDBACK = "HuggingFaceH4/ultrachat_200k", "HuggingFaceH4/ultrafeedback_binarized"
@@ -110,11 +102,7 @@ ZEPHYR_7B = DPO(
         reference="cached",
         optimizer=OptimizerConfig(lr=5e-7, warmup_steps=50),
     ),
-    evaluation=GoldConfig(
-        prompts=DataConfig(path="openai/gsm8k?name=main", split="test"),
-        score="posttrain.rewards.verifiers:gsm8k",
-        sampling=SamplingConfig(max_new_tokens=512),
-    ),
+    evaluation=gsm8k.TEST,
 )
 
 PRESETS = {"tiny": TINY_DPO, "smollm2": SMOLLM2_DPO, "zephyr-7b": ZEPHYR_7B}

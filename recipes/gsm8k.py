@@ -1,11 +1,31 @@
-"""GSM8K and Dolly as published, as rows: recorded solutions become comparisons, passages become text.
+"""GSM8K and Dolly as published, as rows: recorded solutions become comparisons, passages become text; and evaluation on GSM8K.
 
-Functions named as `DataConfig.format`, so that the files are read as they are.
+The functions are named as `DataConfig.format`, so that the files are read as they are.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from posttrain.config import DataConfig, SamplingConfig
+from posttrain.evaluation.gold import GoldConfig
+
+TRAIN = "../shared/data/gsm8k/train.jsonl"  # --evaluation.prompts.path and its like name other places
+SCORE = "posttrain.rewards.verifiers:gsm8k"
+
+# the end of the training questions, for models that a laptop runs
+HELD_OUT = GoldConfig(
+    prompts=DataConfig(path=TRAIN, split="train[7000:]"),
+    score=SCORE,
+    sampling=SamplingConfig(max_new_tokens=192),
+    max_prompt_length=256,
+    max_tokens_per_micro_batch=1024,
+)
+TEST = GoldConfig(
+    prompts=DataConfig(path="openai/gsm8k?name=main", split="test"),
+    score=SCORE,
+    sampling=SamplingConfig(max_new_tokens=512),
+)
 
 
 def comparison(row: dict[str, Any]) -> dict[str, Any]:

@@ -12,13 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from posttrain.config import DataConfig, ModelConfig, OptimizerConfig, SamplingConfig, runtime
-from posttrain.evaluation.gold import GoldConfig
 from posttrain.pipeline import Pipeline, main
 from posttrain.stages import ppo, reward_model, sft
 from posttrain.stages.ppo import PPOConfig, ScoreConfig
 from posttrain.stages.reward_model import RewardModelConfig
 from posttrain.stages.sft import SFTConfig
-from recipes import begin
+from recipes import begin, gsm8k
 from recipes.begin import TEXT, WORLD, Beginning, at, base_model, compare, labelled_samples
 
 
@@ -127,14 +126,10 @@ SMOLLM2 = InstructGPT(
         score=ScoreConfig(scaling="calibration"),
         policy_optimizer=OptimizerConfig(lr=2e-6, schedule="constant", warmup_steps=10),
     ),
-    evaluation=GoldConfig(
-        prompts=DataConfig(path=f"{GSM8K}/train.jsonl", split="train[7000:]"),
-        score="posttrain.rewards.verifiers:gsm8k",
-        sampling=SamplingConfig(max_new_tokens=192),
+    evaluation=replace(
+        gsm8k.HELD_OUT,
         text=DataConfig(path=DOLLY, format="recipes.gsm8k:passage", split="train[95%:]"),
-        max_prompt_length=256,
         max_length=512,
-        max_tokens_per_micro_batch=1024,
     ),
 )
 
@@ -162,10 +157,8 @@ LLAMA_8B = InstructGPT(
         sampling=SamplingConfig(max_new_tokens=512),
         ema_decay=0.992,
     ),
-    evaluation=GoldConfig(
-        prompts=DataConfig(path="openai/gsm8k?name=main", split="test"),
-        score="posttrain.rewards.verifiers:gsm8k",
-        sampling=SamplingConfig(max_new_tokens=512),
+    evaluation=replace(
+        gsm8k.TEST,
         text=DataConfig(path="HuggingFaceFW/fineweb-edu?name=sample-10BT", split="train[200000:201000]"),
         text_window=1024,
     ),

@@ -13,12 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from posttrain.config import AdapterConfig, DataConfig, ModelConfig, OptimizerConfig, SamplingConfig, runtime
-from posttrain.evaluation.gold import GoldConfig
 from posttrain.pipeline import Pipeline, main
 from posttrain.rewards.config import RewardConfig, RewardsConfig
 from posttrain.stages import grpo, sft
 from posttrain.stages.grpo import ALGORITHMS, GRPOConfig
 from posttrain.stages.sft import SFTConfig
+from recipes import gsm8k
 from recipes.begin import TINY, WORLD, Beginning, at, base_model, compare
 
 
@@ -70,21 +70,20 @@ TINY_R1 = R1(
     rl_alone_iterations=90,
 )
 
-GSM8K = "../shared/data/gsm8k/train.jsonl"
 SMOLLM2_R1 = R1(
     output_dir="runs/r1-smollm2",
     sft=SFTConfig(
         model=ModelConfig(path="models/SmolLM2-135M-Instruct"),
-        data=DataConfig(path=GSM8K, split="train[:2000]"),
-        validation=DataConfig(path=GSM8K, split="train[6800:7000]"),
+        data=DataConfig(path=gsm8k.TRAIN, split="train[:2000]"),
+        validation=DataConfig(path=gsm8k.TRAIN, split="train[6800:7000]"),
         max_length=512,
         max_tokens_per_micro_batch=1024,
         optimizer=OptimizerConfig(lr=2e-5, warmup_steps=5),
     ),
     grpo=GRPOConfig(
         policy=ModelConfig(adapter=AdapterConfig(rank=16, alpha=32)),
-        prompts=DataConfig(path=GSM8K, split="train[2000:6800]"),
-        rewards=RewardsConfig(functions=(RewardConfig(function="posttrain.rewards.verifiers:gsm8k"),)),
+        prompts=DataConfig(path=gsm8k.TRAIN, split="train[2000:6800]"),
+        rewards=RewardsConfig(functions=(RewardConfig(function=gsm8k.SCORE),)),
         objective=ALGORITHMS["dapo"],
         num_iterations=100,
         rollout_batch_size=64,
@@ -96,13 +95,7 @@ SMOLLM2_R1 = R1(
         sampling=SamplingConfig(max_new_tokens=192),
         optimizer=OptimizerConfig(lr=2e-5, schedule="constant", warmup_steps=10),
     ),
-    evaluation=GoldConfig(
-        prompts=DataConfig(path=GSM8K, split="train[7000:]"),
-        score="posttrain.rewards.verifiers:gsm8k",
-        sampling=SamplingConfig(max_new_tokens=192),
-        max_prompt_length=256,
-        max_tokens_per_micro_batch=1024,
-    ),
+    evaluation=gsm8k.HELD_OUT,
 )
 
 THINK = (  # DeepSeek-R1, table 1
@@ -127,7 +120,7 @@ QWEN_7B = R1(
         prompts=DataConfig(path="openai/gsm8k?name=main"),
         rewards=RewardsConfig(
             functions=(
-                RewardConfig(function="posttrain.rewards.verifiers:gsm8k"),
+                RewardConfig(function=gsm8k.SCORE),
                 RewardConfig(function="posttrain.rewards.verifiers:think_format", weight=0.2),
             ),
         ),
@@ -142,11 +135,7 @@ QWEN_7B = R1(
         sampling=SamplingConfig(max_new_tokens=4096, system_prompt=THINK),
         optimizer=OptimizerConfig(lr=1e-6, schedule="constant", warmup_steps=20),
     ),
-    evaluation=GoldConfig(
-        prompts=DataConfig(path="openai/gsm8k?name=main", split="test"),
-        score="posttrain.rewards.verifiers:gsm8k",
-        sampling=SamplingConfig(max_new_tokens=4096, system_prompt=THINK),
-    ),
+    evaluation=replace(gsm8k.TEST, sampling=SamplingConfig(max_new_tokens=4096, system_prompt=THINK)),
 )
 
 PRESETS = {"tiny": TINY_R1, "smollm2": SMOLLM2_R1, "qwen-7b": QWEN_7B}

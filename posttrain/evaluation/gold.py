@@ -308,10 +308,9 @@ def uses(config: GoldConfig) -> list[ModelUse]:
 
 def check(config: GoldConfig) -> list[str]:
     """Prompts that are too long, more of them than may be dropped."""
-    from posttrain.estimates import too_long
+    from posttrain.estimates import prompt_problems
 
-    limits = (config.max_prompt_length, config.max_dropped_fraction, "max_prompt_length")
-    return too_long(config.prompts, "prompt", config.models[0], *limits)
+    return prompt_problems(config, config.models[0])
 
 
 def plan(config: GoldConfig) -> dict[str, Any]:

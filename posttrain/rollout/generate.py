@@ -132,10 +132,9 @@ def uses(config: GenerateConfig) -> list[ModelUse]:
 
 def check(config: GenerateConfig) -> list[str]:
     """Prompts that are too long, more of them than may be dropped."""
-    from posttrain.estimates import too_long
+    from posttrain.estimates import prompt_problems
 
-    limits = (config.max_prompt_length, config.max_dropped_fraction, "max_prompt_length")
-    return too_long(config.prompts, "prompt", config.model, *limits)
+    return prompt_problems(config, config.model)
 
 
 def plan(config: GenerateConfig) -> dict[str, Any]:

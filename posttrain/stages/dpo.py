@@ -500,14 +500,9 @@ def uses(config: DPOConfig) -> list[ModelUse]:
 
 def check(config: DPOConfig) -> list[str]:
     """Rows that are too long, and comparisons that fit in no packed row: their pairs need all their responses at once."""
-    from posttrain.estimates import oversize, too_long
+    from posttrain.estimates import row_problems
 
-    found = []
-    for data in (config.data, config.validation):
-        found += too_long(data, config.row_type, config.model, config.max_length, config.max_dropped_fraction)
-        if not config.is_unpaired:
-            found += oversize(data, config.model, config.template, config.max_length, config.max_tokens_per_micro_batch)
-    return found
+    return [text for data in (config.data, config.validation) for text in row_problems(data, config.row_type, config)]
 
 
 def plan(config: DPOConfig) -> dict[str, Any]:

@@ -487,10 +487,9 @@ def uses(config: GRPOConfig) -> list[ModelUse]:
 
 def check(config: GRPOConfig) -> list[str]:
     """Prompts that are too long, more of them than may be dropped."""
-    from posttrain.estimates import too_long
+    from posttrain.estimates import prompt_problems
 
-    limits = (config.max_prompt_length, config.max_dropped_fraction, "max_prompt_length")
-    return too_long(config.prompts, "prompt", config.policy, *limits)
+    return prompt_problems(config, config.policy)
 
 
 def plan(config: GRPOConfig) -> dict[str, Any]:

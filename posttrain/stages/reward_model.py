@@ -28,6 +28,7 @@ from posttrain.config import CheckpointConfig, DataConfig, ModelConfig, Optimize
 from posttrain.models.described import REWARD, ModelUse
 from posttrain.ops import ordered_pairs
 from posttrain.packing import Forest, Tree, segment
+from posttrain.preferences import longest_row
 
 if TYPE_CHECKING:
     from posttrain.data.chat import Chat
@@ -133,7 +134,7 @@ def train(config: RewardModelConfig, run: Run) -> Path:
 
     check_budget([*trees, *held_out], config.max_tokens_per_micro_batch, "comparison")
     module = load_scalar_model(config.model, fresh_head=True, seed=run.seed, tokenizer=chat.tokenizer)
-    check_fits(module, max(len(tree.root) + max(map(len, tree.children)) for tree in (*trees, *held_out)), "comparisons")
+    check_fits(module, longest_row([*trees, *held_out]), "comparisons")
     model = engine.train(module, config.optimizer, total_steps, name="reward_model")
     sampler = Sampler(len(trees), config.batch_size, run.seed)
     run.resume({"reward_model": model}, sampler=sampler)
@@ -233,13 +234,9 @@ def uses(config: RewardModelConfig) -> list[ModelUse]:
 
 def check(config: RewardModelConfig) -> list[str]:
     """Rows that are too long, and comparisons that fit in no packed row: their pairs need all their scores at once."""
-    from posttrain.estimates import oversize, too_long
+    from posttrain.estimates import row_problems
 
-    found = []
-    for data in (config.data, config.validation):
-        found += too_long(data, "comparison", config.model, config.max_length, config.max_dropped_fraction)
-        found += oversize(data, config.model, config.template, config.max_length, config.max_tokens_per_micro_batch)
-    return found
+    return [text for data in (config.data, config.validation) for text in row_problems(data, "comparison", config)]
 
 
 def plan(config: RewardModelConfig) -> dict[str, Any]:

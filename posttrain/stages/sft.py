@@ -222,11 +222,10 @@ def uses(config: SFTConfig) -> list[ModelUse]:
 
 def check(config: SFTConfig) -> list[str]:
     """Conversations that are too long, more of them than may be dropped."""
-    from posttrain.estimates import too_long
+    from posttrain.estimates import row_problems
 
     sources = (config.data, config.validation) if config.row_type == "demonstration" else ()
-    limits = (config.row_type, config.model, config.max_length, config.max_dropped_fraction)
-    return [text for data in sources for text in too_long(data, *limits)]
+    return [text for data in sources for text in row_problems(data, config.row_type, config)]
 
 
 def plan(config: SFTConfig) -> dict[str, Any]:
