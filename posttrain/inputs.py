@@ -52,7 +52,12 @@ def load_demonstrations(run: Run, data: DataConfig, chat: Chat, max_length: int,
 
 def load_texts(run: Run, data: DataConfig, chat: Chat, window: int) -> list[Tree]:
     """Windows of `window` tokens over all documents, every token but the first trained."""
-    return _said(run, data, *text_windows(read_alike(run, data, "text"), chat, window, **_kept_by(run)))
+    return cut_texts(run, data, read_alike(run, data, "text"), chat, window)
+
+
+def cut_texts(run: Run, data: DataConfig, rows: Sequence[Row], chat: Chat, window: int) -> list[Tree]:
+    """The same windows over `rows`, which were read from `data`."""
+    return _said(run, data, *text_windows(rows, chat, window, **_kept_by(run)))
 
 
 def load_comparisons(run: Run, data: DataConfig, chat: Chat, max_length: int, max_dropped_fraction: float) -> list[Tree]:

@@ -136,11 +136,12 @@ def evaluate(config: GoldConfig, run: Run) -> Path:
     from posttrain.inputs import read_alike
 
     rows = read_alike(run, config.prompts, "prompt")
+    texts = read_alike(run, config.text, "text") if config.text.path else []
     score = resolve(config.score)
     verdicts = Verdicts()
     run.resume({}, verdicts=verdicts)
     for place in run.steps(len(config.models), unit="model"):
-        verdicts.judged.append(judge(config, run, config.names[place], config.models[place], rows, score))
+        verdicts.judged.append(judge(config, run, config.names[place], config.models[place], rows, texts, score))
         run.checkpoint(force=True)
     results = compare(verdicts.judged, [str(row.get("task", "")) for row in rows], run.seed)
     if config.reward_model.path:
@@ -150,17 +151,25 @@ def evaluate(config: GoldConfig, run: Run) -> Path:
     return path
 
 
-def judge(config: GoldConfig, run: Run, name: str, source: ModelConfig, rows: Sequence[dict[str, Any]], score: Any) -> Judged:
+def judge(
+    config: GoldConfig,
+    run: Run,
+    name: str,
+    source: ModelConfig,
+    rows: Sequence[dict[str, Any]],
+    texts: Sequence[dict[str, Any]],
+    score: Any,
+) -> Judged:
     """One model's answers with their scores, and its loss on the text. Its memory is free afterwards."""
     from posttrain.data.chat import Chat
-    from posttrain.inputs import keep_prompts, load_texts
+    from posttrain.inputs import cut_texts, keep_prompts
     from posttrain.models.loading import load_causal_lm
     from posttrain.rollout.experience import sample_responses
 
     chat = Chat.load(source.path, config.template, revision=source.revision)
     limits = (config.max_prompt_length, config.sampling.system_prompt, config.max_dropped_fraction)
     places, prompts = keep_prompts(run, config.prompts, rows, chat, *limits)
-    windows = load_texts(run, config.text, chat, config.text_window) if config.text.path else []
+    windows = cut_texts(run, config.text, texts, chat, config.text_window) if texts else []
     model = run.engine.freeze(load_causal_lm(source, chat.tokenizer), name=name)
     rollout = sample_responses(run, model, chat, prompts, config.sampling, 0, samples_per_prompt=config.samples_per_prompt)
     asked = [rows[i] for i in places]
