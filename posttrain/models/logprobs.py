@@ -1,11 +1,13 @@
 """Token log-probabilities without the (N, V) logits: the LM head, applied in chunks, with its own backward.
 
 The head is the only place where a vocabulary-sized number per token exists, and only for one chunk of tokens at a time:
-the forward keeps the chunk's log-sum-exp, the backward computes the chunk's logits again.
+the forward keeps the chunk's log-sum-exp, the backward computes the chunk's logits again. Two cases need no second time:
+logits that fit one chunk are kept, and a sum of log-probabilities knows its gradient, up to a factor, in the forward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 # Of fp32 logits per chunk. On a CPU a chunk should stay near the caches; on a GPU every chunk costs a pass over the fp32
 # gradient of the head, so chunks are larger.
-CHUNK_BYTES = {"cpu": 32 * 1024**2, "cuda": 512 * 1024**2}
+CHUNK_BYTES = {"cpu": 64 * 1024**2, "cuda": 512 * 1024**2}
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,13 @@ class _ChunkedLogprobs(torch.autograd.Function):
         entropy: bool,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
-        count = len(targets)
-        logprobs = torch.empty(count, dtype=torch.float32, device=hidden.device)
+        logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         normalizer = torch.empty_like(logprobs)
         entropies = torch.empty_like(logprobs) if entropy else None
-        matrix = weight.detach().to(dtype)
-        for part in _chunks(hidden, len(weight)):
-            logits = _logits(hidden[part], matrix, bias, transform).div_(temperature)  # (c, V) fp32
+        head = _Head(weight.detach().to(dtype), bias, transform)
+        parts = chunks(hidden, len(weight))
+        for part in parts:
+            logits = head.logits(hidden[part]).div_(temperature)  # (c, V) fp32
             normalizer[part] = logits.logsumexp(-1)
             logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1) - normalizer[part]
             if entropies is not None:
@@ -75,6 +77,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         # and fills it again before the backward, and a saved view would still look at the emptied one.
         ctx.weight, ctx.bias = weight, bias
         ctx.temperature, ctx.transform, ctx.dtype = temperature, transform, dtype
+        ctx.logits = logits if len(parts) == 1 and not transform.softcap else None  # a cap's chain rule needs others
         ctx.save_for_backward(hidden, targets, normalizer)
         if entropies is not None:
             ctx.mark_non_differentiable(entropies)
@@ -83,48 +86,125 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, targets, normalizer = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        matrix = ctx.weight.detach().to(ctx.dtype)
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros(matrix.shape, dtype=torch.float32, device=hidden.device) if need_weight else None
-        grad_bias = torch.zeros(len(matrix), dtype=torch.float32, device=hidden.device) if need_bias else None
-        for part in _chunks(hidden, len(matrix)):
-            logits = _logits(hidden[part], matrix, ctx.bias, ctx.transform)
-            kept = logits.clone() if ctx.transform.softcap else logits
+        head = _Head(ctx.weight.detach().to(ctx.dtype), ctx.bias, ctx.transform)
+        gradients = _Gradients(hidden, head, ctx.needs_input_grad)
+        for part in chunks(hidden, len(head.matrix)):
+            transformed, ctx.logits = ctx.logits, None  # overwritten below, so never read a second time
+            logits = head.logits(hidden[part]) if transformed is None else transformed
+            if transformed is None:
+                transformed = logits.clone() if ctx.transform.softcap else logits
+                logits.div_(ctx.temperature)
             # d logprob / d logits = onehot(target) - softmax, times 1 / temperature
-            grad = logits.div_(ctx.temperature).sub_(normalizer[part, None]).exp_().neg_()
+            grad = logits.sub_(normalizer[part, None]).exp_().neg_()
             grad.scatter_add_(-1, targets[part, None], grad.new_ones(len(grad), 1))
             grad.mul_(grads[0][part, None] / ctx.temperature)
-            grad = ctx.transform.backward_(grad, kept)
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(ctx.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = (grad @ matrix).to(hidden.dtype)
-            if grad_weight is not None and ctx.dtype == torch.float32:
-                grad_weight.addmm_(grad.T, hidden[part].float())
-            elif grad_weight is not None:
-                grad_weight += grad.T @ hidden[part].to(ctx.dtype)
+            gradients.add(part, ctx.transform.backward_(grad, transformed))
+        return *gradients.like(ctx.weight, ctx.bias), *(None,) * 5
+
+
+class _ChunkedNLL(torch.autograd.Function):
+    """The sum of -log softmax(transform(h W^T + b))[target] over the tokens that are counted; its gradients come with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        counted: Tensor,
+        transform: LogitTransform,
+        dtype: torch.dtype,
+        differentiate: bool,
+    ) -> Tensor:
+        head = _Head(weight.detach().to(dtype), bias, transform)
+        gradients = _Gradients(hidden, head, ctx.needs_input_grad if differentiate else (False,) * 3)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for part in chunks(hidden, len(weight)):
+            logits = head.logits(hidden[part])  # (c, V) fp32
+            kept = logits.clone() if transform.softcap else logits
+            chosen, top = logits.gather(-1, targets[part, None]), logits.amax(-1, keepdim=True)
+            grad = logits.sub_(top).exp_()
+            sums = grad.sum(-1, keepdim=True)
+            total += torch.where(counted[part, None], sums.log() + top - chosen, 0).sum()
+            if gradients.needed:
+                # d -logprob / d logits = softmax - onehot(target)
+                grad.mul_(counted[part, None] / sums)
+                grad.scatter_add_(-1, targets[part, None], -counted[part, None].float())
+                gradients.add(part, transform.backward_(grad, kept))
+        ctx.weight, ctx.bias, ctx.gradients = weight, bias, gradients
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        assert ctx.gradients is not None, "the gradient of a sum of log-probabilities can be asked for once"
+        gradients, ctx.gradients = ctx.gradients, None
+        return *gradients.scale_(grads[0]).like(ctx.weight, ctx.bias), *(None,) * 5
+
+
+def chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
+    """Consecutive parts of `hidden (M, d)` whose logits stay within CHUNK_BYTES, of equal length but for one token."""
+    budget = CHUNK_BYTES["cuda" if hidden.is_cuda else "cpu"]
+    count, size = len(hidden), max(1, budget // (4 * vocabulary))
+    number = -(-count // size)
+    return [slice(count * i // number, count * (i + 1) // number) for i in range(number)]
+
+
+class _Head:
+    """`matrix (V, d)` in the dtype to compute in, the bias and the transform, applied to chunks of tokens.
+
+    All chunks share one buffer: a fresh (c, V) for each would cost as much in page faults as a fifth of the product.
+    """
+
+    def __init__(self, matrix: Tensor, bias: Tensor | None, transform: LogitTransform) -> None:
+        self.matrix, self.bias, self.transform = matrix, bias, transform
+        self.buffer = matrix.new_empty(0)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(c, V) in fp32, after the family's transform; the next chunk's may overwrite them."""
+        if len(self.buffer) < len(hidden):
+            self.buffer = self.matrix.new_empty(len(hidden) + 1, len(self.matrix))
+        logits = torch.mm(hidden.to(self.matrix.dtype), self.matrix.T, out=self.buffer[: len(hidden)])
+        if self.bias is not None:
+            logits += self.bias.detach().to(self.matrix.dtype)
+        return self.transform.apply_(logits.float())
+
+
+class _Gradients:
+    """Gradients of the head's input (M, d), weight (V, d) and bias (V,), those that are `needed`, chunk by chunk."""
+
+    def __init__(self, hidden: Tensor, head: _Head, needed: Sequence[bool]) -> None:
+        matrix = head.matrix
+        self.inputs, self.matrix, self.needed = hidden, matrix, any(needed[:3])
+        self.hidden = torch.empty_like(hidden) if needed[0] else None
+        self.weight = torch.zeros(matrix.shape, dtype=torch.float32, device=hidden.device) if needed[1] else None
+        self.bias = torch.zeros(len(matrix), dtype=torch.float32, device=hidden.device) if needed[2] else None
+
+    def add(self, part: slice, grad: Tensor) -> None:
+        """Take in the gradient (c, V) fp32 of one chunk's raw logits."""
+        if self.bias is not None:
+            self.bias += grad.sum(0)
+        grad = grad.to(self.matrix.dtype)
+        if self.hidden is not None:
+            self.hidden[part] = (grad @ self.matrix).to(self.hidden.dtype)
+        if self.weight is not None and grad.dtype == torch.float32:
+            self.weight.addmm_(grad.T, self.inputs[part].float())
+        elif self.weight is not None:
+            self.weight += grad.T @ self.inputs[part].to(grad.dtype)
+
+    def scale_(self, factor: Tensor) -> _Gradients:
+        for grad in (self.hidden, self.weight, self.bias):
+            if grad is not None:
+                grad.mul_(factor)
+        return self
+
+    def like(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The three gradients, in the dtypes of what they belong to; None for those that aren't needed."""
         return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(ctx.weight.dtype),
-            None if grad_bias is None else grad_bias.to(ctx.bias.dtype),
-            *(None,) * 5,
+            self.hidden,
+            None if self.weight is None else self.weight.to(weight.dtype),
+            None if self.bias is None or bias is None else self.bias.to(bias.dtype),
         )
-
-
-def _chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
-    count, budget = len(hidden), CHUNK_BYTES["cuda" if hidden.is_cuda else "cpu"]
-    size = max(1, budget // (4 * vocabulary))
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def _logits(hidden: Tensor, matrix: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
-    """(c, V) in fp32, freshly allocated, after the family's transform."""
-    logits = hidden.to(matrix.dtype) @ matrix.T
-    if bias is not None:
-        logits += bias.detach().to(matrix.dtype)
-    return transform.apply_(logits.float())
 
 
 class TokenLogprobs(nn.Linear):
@@ -145,18 +225,30 @@ class TokenLogprobs(nn.Linear):
         return module
 
     def forward(  # type: ignore[override]
-        self, hidden: Tensor, targets: Tensor | None = None, temperature: float = 1.0, entropy: bool = False
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        counted: Tensor | None = None,
     ) -> Any:
         """Log-probabilities (M,) of `targets (M,)` from `hidden (M, d)`, and the entropies (M,) or None, all in fp32.
 
         Logits are transformed as the family does, then divided by `temperature`. The entropy has no gradient.
-        Without targets: the raw logits (..., V), as the model's own forward expects them of its head.
+        With `counted (M,)` bool: the sum () of -log-probabilities at temperature 1 over the tokens it is true for, which costs a
+        product with the head less. Without targets: the raw logits (..., V), as the model's own forward expects them of its head.
         """
         if targets is None:
             return super().forward(hidden)
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        return _ChunkedLogprobs.apply(hidden, self.weight, self.bias, targets, temperature, self.transform, entropy, dtype)
+        parameters = (hidden, self.weight, self.bias, targets)
+        if counted is None:
+            return _ChunkedLogprobs.apply(*parameters, temperature, self.transform, entropy, dtype)
+        if len(chunks(hidden, len(self.weight))) == 1:  # its logits are kept, which is as good
+            logprobs, _ = _ChunkedLogprobs.apply(*parameters, 1.0, self.transform, False, dtype)
+            return -torch.where(counted, logprobs, 0).sum()
+        return _ChunkedNLL.apply(*parameters, counted, self.transform, dtype, torch.is_grad_enabled())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits (M, V) in fp32, after the family's transform: what a sampler draws from."""

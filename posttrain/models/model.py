@@ -15,7 +15,8 @@ from posttrain.packing import Forest
 if TYPE_CHECKING:
     from posttrain.models.adapters import Adapter
 
-WANT = ("logprobs", "entropy", "values", "scores")
+CAUSAL_WANT = ("logprobs", "entropy", "nll")
+SCALAR_WANT = ("values", "scores")
 
 
 class PackedModel(nn.Module):
@@ -63,14 +64,15 @@ class PackedModel(nn.Module):
 
     @property
     def offers(self) -> tuple[str, ...]:
-        return WANT[2:] if self.is_scalar else WANT[:2]
+        return SCALAR_WANT if self.is_scalar else CAUSAL_WANT
 
     def forward(self, forest: Forest, want: tuple[str, ...], temperature: float = 1.0) -> dict[str, Tensor]:
         """Everything wanted of one packed row of N tokens and B responses, in fp32.
 
         `logprobs (N,)`: log pi of each trainable token at `temperature`; `entropy (N,)` of the distribution it was drawn
-        from, without gradient; `values (N,)`: the scalar head before each trainable token; `scores (B,)`: the scalar head
-        at each response's last token. Per-token results are 0 where a token is not trainable.
+        from, without gradient; `nll ()`: the sum of -log pi over the trainable tokens at temperature 1; `values (N,)`: the
+        scalar head before each trainable token; `scores (B,)`: the scalar head at each response's last token. Per-token
+        results are 0 where a token is not trainable.
         Raises ValueError when the row is longer than the model can be trusted with, or its head doesn't give what is wanted.
         """
         if missing := set(want) - set(self.offers):
@@ -84,6 +86,8 @@ class PackedModel(nn.Module):
             result["logprobs"] = spread(logprobs, places, forest)
             if entropy is not None:
                 result["entropy"] = spread(entropy, places, forest)
+        if "nll" in want:
+            result["nll"] = self.head(before, forest.input_ids[places], counted=forest.trainable[places])
         if "values" in want:
             result["values"] = spread(self.calibrated(before), places, forest)
         if "scores" in want:

@@ -228,7 +228,6 @@ def train(config: SFTConfig, run: Run) -> Path:
     from posttrain.models.dropout import set_residual_dropout
     from posttrain.models.loading import load_causal_lm
     from posttrain.models.model import set_dropout
-    from posttrain.ops import nll
     from posttrain.rollout.selection import Examiner
 
     engine, budget = run.engine, config.max_tokens_per_micro_batch
@@ -259,10 +258,9 @@ def train(config: SFTConfig, run: Run) -> Path:
         text = engine.pack([windows[i] for i in text_order.take()] if windows else [], budget)
         with engine.update(policy) as update:
             for micro in batch.micro_batches():
-                update.backward(nll(policy.logprobs(micro), micro.trainable), over=batch.num_tokens)
+                update.backward(policy.nll(micro), over=batch.num_tokens)
             for micro in text.micro_batches():
-                loss = nll(policy.logprobs(micro), micro.trainable)
-                update.backward(loss, over=text.num_tokens, weight=config.ptx_coef, label="ptx")
+                update.backward(policy.nll(micro), over=text.num_tokens, weight=config.ptx_coef, label="ptx")
         metrics = {"loss": math.nan, **report(update), "epoch": order.epoch}
         if "ptx_loss" in metrics:
             metrics["ptx_loss"] /= config.ptx_coef
@@ -293,7 +291,8 @@ def held_out_loss(policy: Any, trees: Sequence[Tree], run: Run, max_tokens: int)
     from posttrain.engine.inference import infer
 
     pace = run.pace(sum(tree.num_tokens for tree in trees) // run.engine.world.size)
-    logprobs = infer(run.engine, policy, trees, ("logprobs",), max_tokens, progress=pace)["logprobs"]
+    with run.timed("evaluation"):
+        logprobs = infer(run.engine, policy, trees, ("logprobs",), max_tokens, progress=pace)["logprobs"]
     return -sum(float(x.sum(dtype=x.double().dtype)) for x in logprobs) / sum(len(x) for x in logprobs)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from posttrain.models import logprobs as module
 from posttrain.models.logprobs import LogitTransform, TokenLogprobs
@@ -129,3 +130,63 @@ def test_autocast_computes_in_bf16_and_keeps_fp32_gradients() -> None:
     assert 0 < (exact - rough).abs().max() < 3e-2
     rough.sum().backward()
     assert head.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(scale=0.25), LogitTransform(scale=3.0, softcap=2.0)])
+@pytest.mark.parametrize("chunk_tokens", [5, TOKENS])
+def test_the_sum_equals_the_naive_one_with_gradients(transform, bias, chunk_tokens, monkeypatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 4 * WORDS * chunk_tokens})
+    head, hidden, targets, _ = inputs(bias)
+    counted = torch.arange(TOKENS) % 3 > 0
+    expected = -naive(head, hidden, transform, 1.0).gather(-1, targets[:, None]).squeeze(-1)[counted].sum()
+    wanted = torch.autograd.grad(0.3 * expected, [hidden, *head.parameters()])
+
+    got = TokenLogprobs.take_over(head, transform)(hidden, targets, counted=counted)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(torch.autograd.grad(0.3 * got, [hidden, *head.parameters()]), wanted):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_sum_costs_one_product_less() -> None:
+    head, hidden, targets, _ = inputs()
+    chunked = TokenLogprobs.take_over(head, LogitTransform())
+    everything = torch.ones(TOKENS, dtype=torch.bool)
+    counts = []
+    for loss in (lambda: -chunked(hidden, targets)[0].sum(), lambda: chunked(hidden, targets, counted=everything)):
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product}) as counter:
+            loss().backward()
+        counts.append(counter.get_total_flops() / (2 * TOKENS * WIDTH * WORDS))
+    assert counts == [4, 3]
+
+
+def added_product(_, left, right, *__, **___) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+def test_a_sum_without_gradient_needs_no_second_product() -> None:
+    head, hidden, targets, _ = inputs()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        TokenLogprobs.take_over(head, LogitTransform())(hidden, targets, counted=torch.ones(TOKENS, dtype=torch.bool))
+    assert counter.get_total_flops() == 2 * TOKENS * WIDTH * WORDS
+
+
+def test_logits_of_one_chunk_are_computed_once_and_can_be_differentiated_twice(monkeypatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 4 * WORDS * TOKENS})
+    head, hidden, targets, weights = inputs()
+    loss = (TokenLogprobs.take_over(head, LogitTransform())(hidden, targets)[0] * weights).sum()
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product}) as counter:
+        first = torch.autograd.grad(loss, [hidden, head.weight], retain_graph=True)
+    assert counter.get_total_flops() == 2 * 2 * TOKENS * WIDTH * WORDS
+    for again, once in zip(torch.autograd.grad(loss, [hidden, head.weight]), first):
+        assert torch.equal(again, once)
+
+
+def test_what_is_not_counted_may_be_anything() -> None:
+    head, hidden, targets, _ = inputs()
+    hidden = hidden.detach()
+    counted = torch.arange(TOKENS) > 3
+    clean = TokenLogprobs.take_over(head, LogitTransform())(hidden, targets, counted=counted)
+    other = hidden.clone()
+    other[:4] = torch.randn(4, WIDTH)
+    assert torch.equal(TokenLogprobs.take_over(head, LogitTransform())(other, targets, counted=counted), clean)

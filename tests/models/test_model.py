@@ -182,7 +182,7 @@ def test_calibration_shifts_and_scales_scores_and_values() -> None:
 
 
 def test_a_head_is_asked_only_for_what_it_gives() -> None:
-    with pytest.raises(ValueError, match="gives logprobs, entropy, not scores"):
+    with pytest.raises(ValueError, match="gives logprobs, entropy, nll, not scores"):
         packed_model()(example(), ("scores",))
 
 
