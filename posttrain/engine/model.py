@@ -65,6 +65,10 @@ class FrozenModel:
         """log pi of each trainable token (N,), 0 elsewhere."""
         return self(forest, want=("logprobs",), temperature=temperature)["logprobs"]
 
+    def nll(self, forest: Any) -> Tensor:
+        """The sum of -log pi over the trainable tokens (), cheaper than from `logprobs`."""
+        return self(forest, want=("nll",))["nll"]
+
     def values(self, forest: Any) -> Tensor:
         """The scalar head before each trainable token (N,), 0 elsewhere."""
         return self(forest, want=("values",))["values"]
