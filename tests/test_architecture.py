@@ -32,6 +32,7 @@ FLOORS = {
     "data": 1,
     "inputs": 1,
     "estimates": 1,
+    "forecast": 1,
     "tracking": 1,
     "progress": 1,
     "report": 1,
@@ -39,6 +40,8 @@ FLOORS = {
     "preferences": 0,
     "ops": 0,
     "controllers": 0,
+    "costs": 0,
+    "clock": 0,
     "config": 0,
 }
 
