@@ -22,10 +22,12 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from posttrain.clock import LOADING, OTHER, Clock, between
 from posttrain.config import CheckpointConfig
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ class Counters:
     seconds: float = 0.0
     tokens: int = 0
     optimizer_steps: int = 0
+    phases: dict[str, float] = field(default_factory=dict)  # the seconds, by what they went into
 
 
 @dataclass
@@ -102,14 +105,19 @@ class Run:
         self._saved_step = -1
         self._saved_at = time.monotonic()
         self._save_seconds = 0.0
-        self._started = self._logged = time.monotonic()
-        self._tokens_logged = 0
+        self._logged = time.monotonic()
+        self._clock.rest = LOADING
+        self._counted = self._timed = self._clock.read()
         self._stop_signal = 0
         self._stop_seen = 0.0
         self._samples_open = False
         self._newest: Path | None = None
         self._progress: Progress | None = None
         self._done: Callable[[], int] | None = None
+
+    @property
+    def _clock(self) -> Clock:
+        return self.engine.world.clock
 
     @property
     def cache(self) -> Path:
@@ -161,6 +169,7 @@ class Run:
         self.total = total
         try:
             with Progress(self.name, total, unit=unit, start=self.step, is_main=self.engine.world.is_main) as self._progress:
+                self._clock.rest = OTHER
                 for index in range(self.step, total):
                     self._start_state = self._objects_state()
                     self.step = index + 1
@@ -183,6 +192,7 @@ class Run:
         self._done = done
         try:
             with Progress(self.name, total, unit=unit, start=done(), is_main=self.engine.world.is_main) as self._progress:
+                self._clock.rest = OTHER
                 while done() < total:
                     self.step += 1
                     yield self.step - 1
@@ -195,10 +205,17 @@ class Run:
         if self._progress:
             self._progress.note(text)
 
+    def timed(self, phase: str) -> AbstractContextManager[None]:
+        """Context: what the stage's time is booked under, in `time/...` and in stage.json."""
+        return self.engine.world.timed(phase)
+
     # --- saying
 
     def log(self, metrics: Mapping[str, float], tokens: int = 0, optimizer_steps: int = 0) -> None:
-        """Log numbers at the current step. `tokens` and `optimizer_steps` are what was used since the last call, over all ranks."""
+        """Log numbers at the current step. `tokens` and `optimizer_steps` are what was used since the last call, over all ranks.
+
+        With them goes where this rank's seconds since then went, `time/update` and the like, which add up to what has passed.
+        """
         self.counters.tokens += tokens
         self.counters.optimizer_steps += optimizer_steps
         now = time.monotonic()
@@ -208,7 +225,8 @@ class Run:
             numbers.setdefault("tokens", float(self.counters.tokens))
         self._logged = now
         self.metrics |= {name: value for name, value in numbers.items() if math.isfinite(value)}
-        self.tracker.log(self.step, numbers)
+        self._timed, before = self._clock.read(), self._timed
+        self.tracker.log(self.step, numbers | {f"time/{name}": seconds for name, seconds in between(before, self._timed).items()})
         if self._progress:
             self._progress.update(self._done() if self._done else self.step, numbers, tokens)
 
@@ -245,8 +263,9 @@ class Run:
     def checkpoint(self, score: float | None = None, force: bool = False) -> None:
         """Call at the end of each step. Saves when due, when `score` is the highest so far, and before stopping.
 
-        A checkpoint is due every `checkpoint.every` steps, every `checkpoint.minutes`, and after the last step. Raises
-        Stopped when the run was asked to stop, after saving.
+        A checkpoint is due every `checkpoint.every` steps, every `checkpoint.minutes`, and after the last step. It is written while
+        the next steps go on, and counts when it is complete. Raises Stopped when the run was asked to stop, after saving, and
+        OSError when this or an earlier one couldn't be written.
         """
         height = -math.inf if score is None or math.isnan(score) else float(score)
         better = height > self._best.score
@@ -257,6 +276,8 @@ class Run:
         is_old = self.engine.world.any(0 < minutes * 60 < time.monotonic() - self._saved_at, "asking whether the checkpoint is old")
         if force or better or stopping or is_old or self.step >= self.total or (every and self.step % every == 0):
             self._save(self.step, self._objects_state())
+        if self.step >= self.total:  # nothing is left to go on beside it
+            self.engine.settle()
         if not self._registered and self.engine.world.is_main:
             self.count_time()
             write_json(self.folder / USED, vars(self.counters))
@@ -264,8 +285,12 @@ class Run:
             raise self._stopped()
 
     def stopping(self) -> bool:
-        """Whether any rank was asked to stop (SIGTERM, Ctrl-C, a dead launcher). Asks all ranks."""
+        """Whether any rank was asked to stop (SIGTERM, Ctrl-C, a dead launcher). Asks all ranks.
+
+        As they meet here anyhow, a checkpoint that they have written is finished, too. Raises OSError when one of them couldn't.
+        """
         world = self.engine.world
+        self.engine.settle(wait=False)
         if not self._stop_signal and world.any(self.stop_requested(), "asking whether to stop"):
             flags = world.gather((self.engine.stop.signal_number, self.engine.stop.seconds_ago))
             self._stop_signal = max(number for number, _ in flags)
@@ -316,6 +341,7 @@ class Run:
         """
         from posttrain.engine import checkpoint
 
+        self.engine.settle()
         if self._best.step in (-1, self.step):
             return self.step
         folder = self._checkpoint_folder(self._best.step)
@@ -329,9 +355,10 @@ class Run:
 
     def count_time(self) -> None:
         """Add the time since the last call to what the stage has used."""
-        now = time.monotonic()
-        self.counters.seconds += now - self._started
-        self._started = now
+        self._counted, before = self._clock.read(), self._counted
+        for name, seconds in between(before, self._counted).items():
+            self.counters.seconds += seconds
+            self.counters.phases[name] = self.counters.phases.get(name, 0.0) + seconds
 
     # --- inside
 
@@ -342,11 +369,10 @@ class Run:
         return {name: copy.deepcopy(item.state_dict()) for name, item in self._objects.items()}
 
     def _save(self, step: int, objects: dict[str, Any]) -> None:
-        """Save as the checkpoint of `step`, unless it exists, then drop the ones that are no longer needed."""
+        """Save as the checkpoint of `step`, unless it exists; once it is complete, those go that are no longer needed."""
         if step == self._saved_step or not self._registered:
             return
         self.count_time()
-        began = time.monotonic()
         state = {
             "step": step,
             "objects": objects,
@@ -356,11 +382,16 @@ class Run:
             "best": vars(self._best),
         }
         manifest = {"stage": self.name, "step": step, "identity": self.identity}
-        keep = [self._checkpoint_folder(self._best.step)] if self._best.step >= 0 else []
-        self.engine.save(self._checkpoint_folder(step), self._models, state, manifest)
-        self.engine.prune(self.folder / "checkpoints", keep=self.checkpoints.keep, also=keep)
+        folder = self._checkpoint_folder(step)
+        # as long as this one isn't complete, a run goes on from the one before, which knows the best of its own time
+        best = [self._checkpoint_folder(self._best.step)] if self._best.step >= 0 else []
+
+        def done(seconds: float) -> None:
+            self._save_seconds = seconds
+            self.engine.prune(folder.parent, keep=self.checkpoints.keep, also=best, verified=folder)
+
+        self.engine.save(folder, self._models, state, manifest, background=self.checkpoints.background, done=done)
         self._saved_step, self._saved_at = step, time.monotonic()
-        self._save_seconds = time.monotonic() - began
 
     def _load_state(self, state: dict[str, Any]) -> None:
         self.step = self._saved_step = int(state["step"])
@@ -375,6 +406,7 @@ class Run:
             item.load_state_dict(state["objects"][name])
 
     def _stopped(self) -> Stopped:
+        self.engine.settle()
         if self._saved_step >= 0:
             kept = f"saved in {self._checkpoint_folder(self._saved_step)}"
         else:

@@ -127,7 +127,11 @@ def reward_folder(folder: Path, *, seed: int = 3, calibration: Calibration | Non
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The stage's logged numbers, one dict per step, without those that tell the time."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in ("time", "tokens_per_second", "kl_seconds")} for line in lines]
+    return [{name: value for name, value in line.items() if not tells_time(name)} for line in lines]
+
+
+def tells_time(name: str) -> bool:
+    return name in ("time", "tokens_per_second", "kl_seconds") or name.startswith("time/")
 
 
 def logged(folder: Path, *names: str) -> list[dict[str, float]]:

@@ -7,17 +7,16 @@
       policy.weights.pt        trained weights and buffers under the module's names, whole: what any backend can start from
       policy.rank0.pt          optimizer (under ZeRO the shard of masters and moments) and EMA
 
-They are written in a temporary folder beside, which is renamed when every rank has written and flushed its files.
+They are written in a temporary folder beside, which is renamed when every rank has written and flushed its files and read them
+back. That may go on in the background, from a copy of the state, while training does.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,44 +26,49 @@ from torch import Tensor
 
 from posttrain.engine.model import TrainedModel, whole_state
 from posttrain.engine.world import World
+from posttrain.engine.writing import MANIFEST, File, Writing, digest_of, fresh, on_host, temporary
 from posttrain.models.adapters import trained_parameters
 
-MANIFEST = "manifest.json"
 COUNTERS = ("steps", "skipped_steps", "skipped_in_a_row")
 
 
-def save(world: World, folder: Path, models: Mapping[str, TrainedModel], state: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-    """Write a checkpoint; `state` is JSON and tensors, the same on every rank. Collective.
+def begin(
+    world: World,
+    folder: Path,
+    models: Mapping[str, TrainedModel],
+    state: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    *,
+    background: bool = False,
+) -> Writing:
+    """Begin to write a checkpoint; `state` is JSON and tensors, the same on every rank. Collective.
 
-    Raises FloatingPointError when weights aren't finite, and OSError on every rank when any rank can't write (a full disk);
-    earlier checkpoints stay as they are, and nothing is left of this one.
+    With `background` the state is copied to the host now, and a thread writes the copies while training goes on: 12 bytes for
+    each trained parameter of this rank's share, 16 with EMA, until they are written. Without, everything is written from where
+    it is, one model at a time. The files are the same. Raises FloatingPointError when weights aren't finite; what comes later,
+    `Writing.finish` raises.
     """
     for name, model in models.items():
         broken = not all(bool(torch.isfinite(master).all()) for master in model.backend.masters())
         if world.any(broken, f"checking {name} before saving"):
             raise FloatingPointError(f"{name} has weights that aren't finite after {model.steps} steps; {folder.name} was not written")
-    temporary = folder.with_name(f".{folder.name}.writing")
-    world.first_says(lambda: _fresh(temporary), "opening a checkpoint")
-    writer = Writer(temporary)
+    world.first_says(lambda: fresh(temporary(folder)), "opening a checkpoint")
+    description = {**manifest, **setting(world), "models": list(models)}
+    return Writing(world, folder, own_files(world, models, state, copy=background), description, background=background)
+
+
+def own_files(world: World, models: Mapping[str, TrainedModel], state: Mapping[str, Any], *, copy: bool) -> Iterator[File]:
+    """Names and contents of the files that this rank writes, on the host. Collective: every rank goes through all of them."""
     for name, model in models.items():
         weights = trained_weights(model)
         if world.is_main:
-            writer.write(f"{name}.weights.pt", weights)
+            yield f"{name}.weights.pt", weights
         if world.is_main or model.backend.sharded:
-            writer.write(f"{name}.rank{world.rank}.pt", {"optimizer": model.backend.optimizer_state(), "ema": model.ema})
-    writer.write(f"rng.rank{world.rank}.pt", random_state(world))
+            yield f"{name}.rank{world.rank}.pt", on_host({"optimizer": model.backend.optimizer_state(), "ema": model.ema}, copy)
+    yield f"rng.rank{world.rank}.pt", random_state(world)
     if world.is_main:
         counters = {name: {key: getattr(model, key) for key in COUNTERS} for name, model in models.items()}
-        writer.write("state.pt", {"state": dict(state), "counters": counters})
-    outcomes = world.gather((writer.digests, writer.error), "writing a checkpoint")
-    errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(outcomes) if error]
-    if errors:
-        if world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"{folder.name} could not be written, earlier checkpoints are untouched: {'; '.join(errors)}")
-    digests = {name: digest for found, _ in outcomes for name, digest in found.items()}
-    contents = {**manifest, **setting(world), "models": list(models), "files": dict(sorted(digests.items()))}
-    world.first_says(lambda: _finish(temporary, folder, contents), "finishing a checkpoint")
+        yield "state.pt", on_host({"state": dict(state), "counters": counters}, copy)
 
 
 def load(world: World, folder: Path, models: Mapping[str, TrainedModel], *, restart_optimizer: bool = False) -> dict[str, Any]:
@@ -112,61 +116,6 @@ def trained_weights(model: TrainedModel) -> dict[str, Tensor]:
         return whole_state(model, model.module, leave_out=frozen)
 
 
-class Writer:
-    """Writes this rank's files, flushed to the disk, and keeps their digests; after an error it writes no more."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.digests: dict[str, str] = {}
-        self.error = ""
-
-    def write(self, name: str, value: Any) -> None:
-        if self.error:
-            return
-        try:
-            with open(self.folder / name, "wb") as file:
-                stream = HashedFile(file)
-                torch.save(value, stream)  # type: ignore[arg-type]
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            self.error = f"{name}: {error}"
-            return
-        self.digests[name] = stream.digest.hexdigest()
-
-
-class HashedFile:
-    """A file to write to that knows the digest of what it was given, whatever the disk makes of it."""
-
-    def __init__(self, file: Any) -> None:
-        self.file = file
-        self.digest = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def _fresh(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _finish(temporary: Path, folder: Path, contents: dict[str, Any]) -> None:
-    with open(temporary / MANIFEST, "w") as file:
-        json.dump(contents, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    directory = os.open(folder.parent, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / MANIFEST).read_text())
 
@@ -181,9 +130,8 @@ def damage(folder: Path) -> str:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                return f"{name} is not what was written"
+        if digest_of(path) != digest:
+            return f"{name} is not what was written"
     return ""
 
 
@@ -197,11 +145,14 @@ def newest_good(folder: Path) -> Path | None:
     return None
 
 
-def prune(folder: Path, keep: int, also: Sequence[Path] = ()) -> None:
-    """Drop all but the newest `keep` checkpoints and those in `also`, once the newest one was read back undamaged. For one rank."""
+def prune(folder: Path, keep: int, also: Sequence[Path] = (), verified: Path | None = None) -> None:
+    """Drop all but the newest `keep` checkpoints and those in `also`, once the newest one was read back undamaged. For one rank.
+
+    `verified` is one that was, when it was written.
+    """
     found = sorted(folder.glob("step_*"))
     old = [path for path in found[: -max(keep, 1)] if path not in also]
-    if old and not damage(found[-1]):
+    if old and (found[-1] == verified or not damage(found[-1])):
         for path in old:
             shutil.rmtree(path)
 

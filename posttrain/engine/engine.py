@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from posttrain.engine.plain import FrozenMember, PlainFrozen, PlainTrainer, Whol
 from posttrain.engine.signals import StopFlag
 from posttrain.engine.update import Update
 from posttrain.engine.world import World
+from posttrain.engine.writing import Writing
 from posttrain.engine.zero import ZeroBase, ZeroFrozen, ZeroTrainer
 from posttrain.models.adapters import starting_view, trained_parameters
 from posttrain.packing import PackedBatch, Tree, pack
@@ -37,6 +38,7 @@ class Engine:
         self.world = world or World.from_launch()
         self.models: list[FrozenModel] = []
         self._bases: dict[Any, Any] = {}  # frozen weights below adapters
+        self._saving: tuple[Writing, Callable[[float], None]] | None = None
 
     def seed(self, seed: int) -> None:
         """Seed Python, NumPy and torch, differently on every rank (dropout differs; whatever must agree has its own generator)."""
@@ -105,28 +107,65 @@ class Engine:
             return self._frozen("reference", FrozenMember(starting_view(policy.module), self.world, policy.backend.base))
         return self.freeze(load(), name="reference")
 
-    def update(self, model: TrainedModel) -> Update:
+    @contextmanager
+    def update(self, model: TrainedModel) -> Iterator[Update]:
         """`with engine.update(model) as update:` any number of `update.backward(...)`, then one optimizer step."""
-        return Update(model)
+        with self.world.timed("update"), Update(model) as update:
+            yield update
 
     def pack(self, trees: Sequence[Tree], max_tokens: int, *, splittable: bool = False) -> PackedBatch:
         """This rank's share of a global batch, as `posttrain.packing.pack` plans it; every rank passes the same trees."""
         world = self.world
         return pack(trees, max_tokens, world_size=world.size, rank=world.rank, device=world.device, splittable=splittable)
 
-    def save(self, folder: Path, models: Mapping[str, TrainedModel], state: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        folder: Path,
+        models: Mapping[str, TrainedModel],
+        state: Mapping[str, Any],
+        manifest: Mapping[str, Any],
+        *,
+        background: bool = False,
+        done: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
         """Write a checkpoint, entirely or not at all: `models` with optimizers, schedules and EMA, `state` (JSON and tensors, the same
-        on every rank), random numbers. Raises OSError on every rank when it can't be written; earlier ones are untouched then."""
-        checkpoint.save(self.world, Path(folder), models, state, manifest)
+        on every rank), random numbers. Raises OSError on every rank when it can't be written; earlier ones are untouched then.
+
+        With `background` it returns when the state is copied to the host, and writes while training goes on; whoever calls `settle`
+        first after that lets it be a checkpoint, or gets its OSError. `done` is called then, on every rank, with the seconds it took.
+        """
+        self.settle()
+        with self.world.timed("saving"):
+            self._saving = (checkpoint.begin(self.world, Path(folder), models, state, manifest, background=background), done)
+        self.settle(wait=not background)
+
+    def settle(self, wait: bool = True) -> None:
+        """See to the checkpoint that is being written in the background, if there is one: finish it, or without `wait` only if all ranks
+        have written their files. Collective; saving, loading, exporting and closing begin with it. Raises OSError as `save` does."""
+        if self._saving is None:
+            return
+        writing, done = self._saving
+        with self.world.timed("saving"):
+            if wait or writing.is_written():
+                self._saving = None
+                writing.finish()
+                done(writing.seconds)
+
+    def wait_for_files(self) -> None:
+        """Wait until this rank's part of a checkpoint is written, without asking the others; alone, that is all of it."""
+        if self._saving is not None:
+            self._saving[0].wait_here()
 
     def load(self, folder: Path, models: Mapping[str, TrainedModel], *, restart_optimizer: bool = False) -> dict[str, Any]:
         """Go on from a checkpoint; returns its `state`. With `restart_optimizer` only its weights are taken, from any backend.
 
         Raises ValueError when it was written under another backend or number of ranks."""
+        self.settle()
         return checkpoint.load(self.world, Path(folder), models, restart_optimizer=restart_optimizer)
 
     def newest_good(self, folder: Path) -> Path | None:
         """The newest undamaged checkpoint in `folder`, or None; damaged ones are named and passed over."""
+        self.settle()
         return self.world.first_says(lambda: checkpoint.newest_good(Path(folder)), "looking for checkpoints")
 
     def check(self, folder: Path) -> None:
@@ -135,9 +174,10 @@ class Engine:
         Reads its manifest only, so that it can be asked before any model is loaded."""
         checkpoint.refuse_other_setting(self.world, Path(folder))
 
-    def prune(self, folder: Path, keep: int, also: Sequence[Path] = ()) -> None:
-        """Drop all but the newest `keep` checkpoints and those in `also`, once the newest one was read back undamaged."""
-        self.world.first_says(lambda: checkpoint.prune(Path(folder), keep, also), "dropping old checkpoints")
+    def prune(self, folder: Path, keep: int, also: Sequence[Path] = (), verified: Path | None = None) -> None:
+        """Drop all but the newest `keep` checkpoints and those in `also`, once the newest one was read back undamaged; `verified` was,
+        when it was written."""
+        self.world.first_says(lambda: checkpoint.prune(Path(folder), keep, also, verified), "dropping old checkpoints")
 
     def export(
         self, model: FrozenModel, folder: Path, tokenizer: Any, *, ema: bool = False, extra_files: Mapping[str, str] | None = None
@@ -152,15 +192,17 @@ class Engine:
         assert isinstance(model, TrainedModel) or not ema, "only a trained model has averaged weights"
         folder, hf, adapter = Path(folder), model.module.hf, model.module.adapter
         is_alone = adapter is not None and not adapter.config.merge
-        with model.averaged() if isinstance(model, TrainedModel) and ema else nullcontext():
-            weights, head = model.adapter_weights() if is_alone else (model.state_dict_full(), {})
+        self.settle()
 
         def write() -> str:
             if is_alone:
                 return write_adapter(adapter, hf, weights, head, tokenizer, folder, extra_files)
             return write_model(hf, weights, tokenizer, folder, extra_files)
 
-        self.world.first_says(write, f"writing {folder.name}")
+        with self.world.timed("exporting"):
+            with model.averaged() if isinstance(model, TrainedModel) and ema else nullcontext():
+                weights, head = model.adapter_weights() if is_alone else (model.state_dict_full(), {})
+            self.world.first_says(write, f"writing {folder.name}")
         return folder
 
     @property
@@ -180,6 +222,7 @@ class Engine:
 
     def close(self) -> None:
         """Free every model and optimizer. The process group stays, for the next engine."""
+        self.settle()
         for model in self.models:
             model.close()
         self.models.clear()

@@ -33,7 +33,7 @@ def infer(
     numbered = number_responses(trees)
     batch = engine.pack(numbered, max_tokens, splittable=True)
     local: list[tuple[int, dict[str, Tensor]]] = []
-    with model.evaluating():
+    with engine.world.timed("scoring"), model.evaluating():
         for micro in batch.micro_batches():
             result = {name: values.float().cpu() for name, values in model(micro, want=want, temperature=temperature).items()}
             if progress is not None:
@@ -44,7 +44,7 @@ def infer(
             for b, response in enumerate(micro.response_ids.tolist()):
                 mine = owner == b
                 local.append((response, {n: x[b] if n == "scores" else x[mine] for n, x in result.items()}))
-    everything = dict(pair for share in engine.world.gather(local) for pair in share)
+        everything = dict(pair for share in engine.world.gather(local) for pair in share)
     return {name: [everything[i][name] for i in range(len(everything))] for name in want}
 
 

@@ -96,7 +96,7 @@ class FrozenModel:
         Inside, `module` may be called directly and by different ranks differently often. Entering and leaving is collective.
         """
         layers = [m for m in self.module.modules() if getattr(m, "gradient_checkpointing", False)]
-        with self.evaluating():
+        with self.world.timed("sampling"), self.evaluating():
             for layer in layers:
                 layer.gradient_checkpointing = False
             try:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from posttrain.clock import Clock
 from posttrain.engine.launch import Launch, prepare_environment, quiet_start, read_launch
 from posttrain.engine.signals import StopFlag
 
@@ -79,6 +80,7 @@ class World:
 
     def __post_init__(self) -> None:
         self._watchdog = Watchdog(self.rank, self.hang_minutes)
+        self.clock = Clock()
 
     @classmethod
     def from_launch(cls, hang_minutes: float = HANG_MINUTES) -> World:
@@ -118,6 +120,10 @@ class World:
     def phase(self, name: str):
         """Context: what this rank is doing, for the watchdog."""
         return self._watchdog.phase(name)
+
+    def timed(self, phase: str):
+        """Context: what this rank's time is booked under; see `posttrain.clock`."""
+        return self.clock.phase(phase)
 
     def barrier(self, phase: str = "barrier") -> None:
         with self.phase(phase):

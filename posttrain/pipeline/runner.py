@@ -206,7 +206,8 @@ def _refuse_other_launch(run: Run) -> None:
 
 
 def _leave(pipeline: Pipeline, stage: Stage, run: Run, status: str) -> None:
-    """Record how a stage ended that hasn't finished."""
+    """Record how a stage ended that hasn't finished, when what it was writing is written."""
+    run.engine.wait_for_files()
     run.count_time()
     if run.engine.world.is_main:
         _record(pipeline, {stage.name: {"status": status}})
@@ -251,6 +252,7 @@ def _finish(pipeline: Pipeline, stage: Stage, standing: Standing, run: Run, outp
         "output": os.path.relpath(output, pipeline.folder(stage.name)),
         "content_digest": content,
         "seconds": round(counters.seconds, 3),
+        "phases": {name: round(seconds, 3) for name, seconds in counters.phases.items()},
         "optimizer_steps": counters.optimizer_steps,
         "tokens": counters.tokens,
         "tokens_per_second": round(counters.tokens / counters.seconds, 3) if counters.seconds else 0.0,

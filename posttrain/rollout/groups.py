@@ -72,7 +72,8 @@ class Judge:
         parts: dict[str, Tensor] = {}
         failures: list[str] = []
         if self.pool is not None:
-            shares = self.run.engine.world.gather((self.pool.collect(), self.pool.failures), "gathering rewards")
+            with self.run.timed("rewards"):
+                shares = self.run.engine.world.gather((self.pool.collect(), self.pool.failures), "gathering rewards")
             everything = {b: values for share, _ in shares for b, values in share.items()}
             failures = [text for _, texts in shares for text in texts]
             parts = stack_parts(everything, range(len(rollout.responses)), self.config.parts)

@@ -118,7 +118,7 @@ class Examiner:
         from posttrain.rewards.scores import part_means
         from posttrain.rollout.groups import Judge
 
-        with Rewards(self.config.rewards) if self.config.rewards.functions else nullcontext() as pool:
+        with self.run.timed("evaluation"), Rewards(self.config.rewards) if self.config.rewards.functions else nullcontext() as pool:
             judge = Judge(self.run, self.chat, self.config.rewards, pool, self.reward_model, self.config.weights, self.max_tokens)
             rollout = self._answer(model, judge.listener(self.rows, self.config.samples_per_prompt))
             read = rollout if self.judges_chat.digest == self.chat.digest else self._reread(rollout)

@@ -449,8 +449,11 @@ class HeldOut:
 
         config = self.config
         pace = self.run.pace(sum(tree.num_tokens for tree in self.trees) // self.run.engine.world.size)
-        logprobs = sequence_logprobs(self.run.engine, self.policy, self.trees, config.max_tokens_per_micro_batch, pace)
-        log_ratios, _ = mismatched_log_ratios(config, self.run, self.policy, self.trees, self.longest, lambda pairs: self.ref_mismatched)
+        with self.run.timed("evaluation"):
+            logprobs = sequence_logprobs(self.run.engine, self.policy, self.trees, config.max_tokens_per_micro_batch, pace)
+            log_ratios, _ = mismatched_log_ratios(
+                config, self.run, self.policy, self.trees, self.longest, lambda pairs: self.ref_mismatched
+            )
         loss, sums = objective_of(config, self.trees, log_ratios)(Responses.of_trees(self.trees, logprobs, self.ref_logprobs))
         means = summary({name: float(value) for name, value in sums.items()})
         return {

@@ -164,7 +164,8 @@ def score_trees(model: Any, trees: Sequence[Tree], run: Run, config: RewardModel
     from posttrain.engine.inference import infer
 
     pace = run.pace(sum(tree.num_tokens for tree in trees) // run.engine.world.size)
-    flat = infer(run.engine, model, trees, ("scores",), config.max_tokens_per_micro_batch, progress=pace)["scores"]
+    with run.timed("evaluation"):
+        flat = infer(run.engine, model, trees, ("scores",), config.max_tokens_per_micro_batch, progress=pace)["scores"]
     return list(torch.stack(flat).split([tree.num_responses for tree in trees]))
 
 
