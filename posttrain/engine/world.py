@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
+import secrets
+import socket
 import sys
 import threading
 import time
@@ -12,18 +15,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from posttrain.clock import Clock
+from posttrain.engine.hosts import Lines, appear, name_interface, several_hosts
 from posttrain.engine.launch import Launch, prepare_environment, quiet_start, read_launch
 from posttrain.engine.signals import StopFlag
 
 T = TypeVar("T")
 
 HANG_MINUTES = 30.0
+FAREWELL_SECONDS = 5.0  # for a rank whose collective breaks off by itself to finish its records
+ENDED = 70  # exit code of a rank that gives up waiting
 FOR_EVER = timedelta(days=365)
 
 
@@ -38,17 +45,26 @@ class Watchdog:
         self.rank = rank
         self.seconds = minutes * 60
         self._phases: list[tuple[str, float]] = []
+        self._broken_off = ""
         self._stop = threading.Event()
         if minutes:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self._phases.append((name, time.monotonic()))
+    def phase(self, name: str, timed: bool = True) -> Iterator[None]:
+        self._phases.append((name, time.monotonic() if timed else math.inf))
+        self._broken_off = ""
         try:
             yield
+        except BaseException:
+            self._broken_off = self._broken_off or self.where()
+            raise
         finally:
             self._phases.pop()
+
+    def where(self) -> str:
+        """The phases that this rank is in, the outermost first; after an error those that it was in then."""
+        return self._broken_off or " > ".join(name for name, _ in list(self._phases)) or "its own work"
 
     def close(self) -> None:
         self._stop.set()
@@ -57,10 +73,10 @@ class Watchdog:
         while not self._stop.wait(min(1.0, self.seconds / 4)):
             phases = list(self._phases)
             if phases and time.monotonic() - phases[-1][1] > self.seconds:
-                where = " > ".join(name for name, _ in phases)
-                print(f"rank {self.rank} has waited {self.seconds:.0f} s in: {where}; the run ends here", file=sys.stderr, flush=True)
+                waited = f"rank {self.rank} has waited {self.seconds:.0f} s in: {self.where()}"
+                print(f"{waited}; the run ends here", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(all_threads=True)
-                os._exit(70)
+                os._exit(ENDED)
 
 
 @dataclass(eq=False)
@@ -80,6 +96,7 @@ class World:
 
     def __post_init__(self) -> None:
         self._watchdog = Watchdog(self.rank, self.hang_minutes)
+        self._lines: Lines | None = None
         self.clock = Clock()
 
     @classmethod
@@ -90,6 +107,7 @@ class World:
         A rank may wait `hang_minutes` for the others, for instance while rank 0 tokenises; 0 waits for ever.
         """
         prepare_environment()
+        name_interface()
         launch = read_launch()
         from accelerate import PartialState
 
@@ -103,7 +121,7 @@ class World:
             state = PartialState(cpu=launch.use_cpu, **kwargs)
         if launch.backend == "zero" and state.num_processes == 1 and state.device.type == "cpu":
             raise ValueError("DeepSpeed on a CPU needs two processes or more, not num_processes=1; accelerate_configs/cpu.yaml works")
-        return cls(
+        world = cls(
             rank=state.process_index,
             size=state.num_processes,
             device=state.device,
@@ -112,14 +130,18 @@ class World:
             launch=launch,
             hang_minutes=hang_minutes,
         )
+        if several_hosts():
+            with world.phase("connecting the hosts"):
+                world._lines = Lines(world.rank, world.size, world.broadcast, world._lost)
+        return world
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def phase(self, name: str):
-        """Context: what this rank is doing, for the watchdog."""
-        return self._watchdog.phase(name)
+    def phase(self, name: str, timed: bool = True):
+        """Context: what this rank is doing, for messages; the watchdog ends it when it takes too long, unless it isn't `timed`."""
+        return self._watchdog.phase(name, timed)
 
     def timed(self, phase: str):
         """Context: what this rank's time is booked under; see `posttrain.clock`."""
@@ -178,6 +200,46 @@ class World:
             raise failure
         return value
 
+    def check_shared(self, folder: Path) -> None:
+        """Make `folder`. Raises ValueError, on every rank, when some rank can't write there, or doesn't see what another one writes."""
+        self.first_says(lambda: folder.mkdir(parents=True, exist_ok=True), "making the output folder")
+        if self.size == 1:
+            return
+        marks = [folder / f".{name}" for name in self.gather(secrets.token_hex(8))]
+        wrong = ""
+        try:
+            marks[self.rank].touch()
+        except OSError as error:
+            wrong = f"can't write there ({error})"
+        if not self.any(bool(wrong), "writing into the output folder") and not appear(marks):
+            wrong = "doesn't see what others write there"
+        found = self.gather((socket.gethostname(), wrong), "looking into the output folder")
+        marks[self.rank].unlink(missing_ok=True)
+        if blind := [f"rank {rank} on host {host} {wrong}" for rank, (host, wrong) in enumerate(found) if wrong]:
+            raise ValueError(
+                f"{folder.absolute()} isn't one folder that all ranks share: {'; '.join(blind)}. Every rank writes its part of a "
+                f"checkpoint there, and reads what rank 0 has written; a path on a file system that all hosts mount (NFS, Lustre) works"
+            )
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the other hosts that this rank ends by `error`, which their launchers don't see.
+
+        Where the error is only that another rank has ended, which has been said, the process ends here: a traceback would bury that.
+        """
+        if self._lines is not None and self._lines.fail(error):
+            os._exit(ENDED)
+
+    def _lost(self, what: str) -> None:
+        """End this rank, as another one has ended. In a thread of its own: the main one may wait in a collective for ever."""
+        print(
+            f"\n{what}\nrank {self.rank} was in: {self._watchdog.where()}; it can't go on alone and ends here. What is saved is kept: "
+            f"when all hosts are well, the same command, started again on each of them, goes on from the newest checkpoint.\n",
+            file=sys.stderr,
+            flush=True,
+        )
+        time.sleep(FAREWELL_SECONDS)
+        os._exit(ENDED)
+
     @cached_property
     def stop(self) -> StopFlag:
         """The flag that SIGTERM and Ctrl-C set, from the first time that it is asked for."""
@@ -186,6 +248,8 @@ class World:
     def close(self) -> None:
         """Stop watching and give signals back. The process group stays, for the next world."""
         self._watchdog.close()
+        if self._lines is not None:
+            self._lines.close()
         if "stop" in vars(self):
             self.stop.close()
             del self.stop

@@ -61,6 +61,8 @@ def run_pipeline(
     try:
         assert not world.stop.signal_number  # from here on Ctrl-C and SIGTERM are a flag
         names = world.first_says(lambda: _begin(pipeline, only, redo), "checking the pipeline")
+        _refuse_own_disks(pipeline, world)
+        world.first_says(lambda: _open(pipeline, redo), "opening the pipeline")
         ran = [name for name in names if _run_or_skip(pipeline, name, world, options)]
         if ran or not (pipeline.output_dir / "report.json").exists():
             world.first_says(lambda: _report(pipeline), "writing the report")
@@ -71,12 +73,17 @@ def run_pipeline(
                 print(refused, file=sys.stderr, flush=True)
             world.barrier("refusing")
         raise
+    except Stopped:  # by all ranks together
+        raise
+    except BaseException as error:
+        world.fail(error)
+        raise
     finally:
         world.close()
 
 
 def _begin(pipeline: Pipeline, only: str, redo: Sequence[str]) -> list[str]:
-    """Rank 0: check, refuse, set redone stages aside; the names of the stages to go through."""
+    """Rank 0: check and refuse, reading only; the names of the stages to go through."""
     found = prepare(pipeline, only=only, redo=redo)
     names = [only] if only else list(found)
     if only:
@@ -86,11 +93,22 @@ def _begin(pipeline: Pipeline, only: str, redo: Sequence[str]) -> list[str]:
             states = ", ".join(f"{name} ({found[name].state})" for name in missing)
             raise Refused("nothing was run:", [f"--only {only} needs finished stages: {states}; run --only {missing[0]} first"])
     standings.refuse_changed(found, names)
+    return names
+
+
+def _refuse_own_disks(pipeline: Pipeline, world: World) -> None:
+    """Make the output folder. Raises Refused when hosts don't share it, and each has one of its own."""
+    try:
+        world.check_shared(pipeline.output_dir)
+    except ValueError as error:
+        raise Refused("nothing was run:", [f"output_dir {error}"]) from error
+
+
+def _open(pipeline: Pipeline, redo: Sequence[str]) -> None:
+    """Rank 0: set redone stages aside, and record where every stage stands."""
     for path in standings.set_aside(pipeline, pipeline.standing_on(set(redo))):
         print(f"set aside: {path}", flush=True)
-    pipeline.output_dir.mkdir(parents=True, exist_ok=True)
     _record(pipeline)
-    return names
 
 
 def _run_or_skip(pipeline: Pipeline, name: str, world: World, options: dict[str, Any]) -> bool:
@@ -181,7 +199,8 @@ def _call(pipeline: Pipeline, stage: Stage, config: Any, run: Run) -> Path:
     world = run.engine.world
     try:
         _refuse_other_launch(run)
-        return stage.function(config, run)
+        with world.phase(stage.name, timed=False):
+            return stage.function(config, run)
     except (Stopped, KeyboardInterrupt, Refused) as ended:
         _leave(pipeline, stage, run, "stopped")
         if isinstance(ended, Stopped) or world.size == 1:  # else ranks may have left one by one, and closing waits for all
