@@ -149,6 +149,12 @@ def trained_memory(
     return {name: size for name, size in parts.items() if size}
 
 
+def between_updates(parts: Mapping[str, float], level: int) -> dict[str, float]:
+    """What of `trained_memory` is still held when the step is done. ZeRO-3 keeps its buffers for gradients, the others make them anew."""
+    passing = ("terms", "weights made whole") if level == 3 else ("gradients", "copies in bf16", "reduce bucket", "terms")
+    return {name: size for name, size in parts.items() if name not in passing}
+
+
 def frozen_memory(parameters: float, weight_bytes: float, sharding: Sharding) -> dict[str, float]:
     """What a model that isn't trained holds: whole on every process, and sharded under ZeRO-3 alone."""
     if sharding.level < 3:
@@ -209,6 +215,13 @@ def cache_memory(shape: Shape, cached_tokens: float, weight_bytes: int) -> float
     return 2.0 * shape.layers * shape.keys * cached_tokens * weight_bytes
 
 
+def checkpoint_copy(parameters: float, weight_bytes: int, sharding: Sharding, *, ema: bool = False) -> float:
+    """Bytes on the host of the first process while a checkpoint is written in the background: its files before they are files."""
+    shared = sharding.ranks if sharding.level else 1
+    own = MOMENTS + FP32 * ema + (FP32 if sharding.level else 0)
+    return parameters * ((weight_bytes if sharding.level else FP32) + own / shared)
+
+
 def sampling_memory(shape: Shape, parameters: float, cached_tokens: float, weight_bytes: int, sharding: Sharding) -> float:
     """What sampling adds to what is held: the cache, a prefill, pieces of logits, and under ZeRO-3 the whole model."""
     prefill = PREFILL_TOKENS * weight_bytes * (3 * shape.inner + 4 * shape.hidden)
@@ -260,40 +273,44 @@ def sent(volumes: Mapping[str, float], ranks: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """What passes through a model: `count` tokens, of which `scored` go through the LM head; `pairs` that see each other in attention."""
+    """What passes through a model: `count` tokens, `pairs` of them that see each other in attention; the LM head gives `scored` ones
+    their log-probabilities, or only the sum of those of `summed` ones."""
 
     count: float = 0.0
-    scored: float = 0.0
     pairs: float = 0.0
+    scored: float = 0.0
+    summed: float = 0.0
 
     def __add__(self, other: Tokens) -> Tokens:
-        return Tokens(count=self.count + other.count, scored=self.scored + other.scored, pairs=self.pairs + other.pairs)
+        return Tokens(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
     def __mul__(self, times: float) -> Tokens:
-        return Tokens(count=self.count * times, scored=self.scored * times, pairs=self.pairs * times)
+        return Tokens(**{name: value * times for name, value in vars(self).items()})
 
 
-def tree(root: float, children: float = 0, response: float = 0, *, scored: float = 0) -> Tokens:
+def tree(root: float, children: float = 0, response: float = 0, *, scored: float = 0, summed: float = 0) -> Tokens:
     """The tokens of a root with so many children of `response` tokens each; the root is computed once."""
     pairs = root * (root + 1) / 2 + children * (root * response + response * (response + 1) / 2)
-    return Tokens(count=root + children * response, scored=scored, pairs=pairs)
+    return Tokens(count=root + children * response, pairs=pairs, scored=scored, summed=summed)
 
 
 def forward_flops(shape: Shape, tokens: Tokens) -> float:
     """2 per weight and token, and 4 per width of attention and pair (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)."""
-    return 2 * shape.trunk * tokens.count + 4 * shape.layers * shape.attention * tokens.pairs + 2 * shape.table * tokens.scored
+    head = 2 * shape.table * (tokens.scored + tokens.summed)
+    return 2 * shape.trunk * tokens.count + 4 * shape.layers * shape.attention * tokens.pairs + head
 
 
 def training_flops(shape: Shape, tokens: Tokens, *, checkpointing: bool = False, frozen_base: bool = False) -> float:
     """Forward and backward: 3 times the forward in the trunk, and 3.5 times in attention, whose backward computes the scores again
-    (FlashAttention-2, arXiv 2307.08691, section 4.1). The head's logits are computed twice. Checkpointing computes the trunk and its
+    (FlashAttention-2, arXiv 2307.08691, section 4.1). The head computes logits twice, but once for a sum or a single
+    chunk. Checkpointing computes the trunk and its
     attention once more, but for the last matrix of each layer, whose output nobody needs again; under an adapter frozen weights
     have no gradient, which saves one of the three."""
     saved = 1 if frozen_base else 0
     again = (shape.trunk - shape.layers * shape.hidden * shape.inner) * checkpointing
     trunk = 2 * ((3 - saved) * shape.trunk + again) * tokens.count
     attention = (3.5 + checkpointing) * 4 * shape.layers * shape.attention * tokens.pairs
-    return trunk + attention + (4 - saved) * 2 * shape.table * tokens.scored
+    return trunk + attention + 2 * shape.table * ((4 - saved) * tokens.scored + (3 - saved) * tokens.summed)
 
 
 def decoding_bytes(shape: Shape, rows: float, prompt: float, new_tokens: float, weight_bytes: int) -> float:

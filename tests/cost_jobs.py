@@ -83,7 +83,8 @@ def update(engine: Engine, *, dtype: str = "float32", terms: int = 1, ema: float
     for name in ("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"):
         options.pop(name, None)
     micro_batches = len(batch.rows) + (len(text.rows) if terms == 2 else 0)
-    return {"held": sum(held.values()), "volumes": dict(volumes), "micro_batches": micro_batches}
+    after = sum(size for place, size in held_storages().items() if place not in before)
+    return {"held": sum(held.values()), "after": after, "volumes": dict(volumes), "micro_batches": micro_batches}
 
 
 def save(engine: Engine, *, folder: str) -> None:
