@@ -41,9 +41,9 @@ def name_interface() -> None:
 
     for target in (os.environ["MASTER_ADDR"], ELSEWHERE):  # on the first host its own name may lead to the loopback, too
         address = address_towards(target)
-        if address and not ipaddress.ip_address(address).is_loopback:
-            [name, *_] = [name for name, found in psutil.net_if_addrs().items() if address in (one.address for one in found)]
-            os.environ["GLOO_SOCKET_IFNAME"] = name
+        names = [name for name, found in psutil.net_if_addrs().items() if address in (one.address for one in found)]
+        if names and not ipaddress.ip_address(address).is_loopback:
+            os.environ["GLOO_SOCKET_IFNAME"] = names[0]
             return
 
 

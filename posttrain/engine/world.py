@@ -29,6 +29,7 @@ from posttrain.engine.signals import StopFlag
 T = TypeVar("T")
 
 HANG_MINUTES = 30.0
+JOIN_MINUTES = 10.0  # launchers start all ranks at once; DeepSpeed may compile for a minute
 FAREWELL_SECONDS = 5.0  # for a rank whose collective breaks off by itself to finish its records
 ENDED = 70  # exit code of a rank that gives up waiting
 FOR_EVER = timedelta(days=365)
@@ -117,8 +118,10 @@ class World:
         )
         if launch.backend != "single" and not torch.cuda.is_available():
             kwargs["backend"] = "gloo"
-        with quiet_start(launch):
+        joining = Watchdog(int(os.environ.get("RANK", "0")), JOIN_MINUTES if launch.backend != "single" else 0)
+        with quiet_start(launch), joining.phase("joining the other ranks"):
             state = PartialState(cpu=launch.use_cpu, **kwargs)
+        joining.close()
         if launch.backend == "zero" and state.num_processes == 1 and state.device.type == "cpu":
             raise ValueError("DeepSpeed on a CPU needs two processes or more, not num_processes=1; accelerate_configs/cpu.yaml works")
         world = cls(

@@ -128,6 +128,7 @@ def tell(hosts: tuple[Host, Host], folder: Path) -> Story:
 
 def test_rule_8_two_hosts_broken_off_twice_train_to_one_hosts_numbers_bit_for_bit(story):
     assert story.launches["last"].codes == [0, 0], story.launches["last"].logs
+    assert not any("is gone" in log for log in story.launches["last"].logs)
     for stage in ("sft", "ppo"):
         found, expected = metrics(story.folder / "two" / stage), metrics(story.folder / "one" / stage)
         assert len(found) == 4 and found == expected
@@ -163,6 +164,7 @@ def test_hosts_with_a_disk_each_are_refused_before_anything_is_written(story):
     assert f"output_dir {story.folder / 'apart'} isn't one folder that all ranks share" in launch.logs[0]
     assert "rank 1 on host host1 doesn't see what others write there" in launch.logs[0]
     assert "a path on a file system that all hosts mount" in launch.logs[0]
+    assert not any("is gone" in log for log in launch.logs)
     assert {path.name for path in (story.folder / "apart").iterdir()} <= {".digests.json"}  # what a look at the inputs found
 
 

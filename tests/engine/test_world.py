@@ -6,10 +6,11 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from posttrain.engine import World
+from posttrain.engine import Engine, World
 from tests.engine.jobs import on
 from tests.pairs import ROOT, free_port, launch_environment, run_pair
 
@@ -25,6 +26,11 @@ with world.phase("saving"):
         world.sum(1.0, "counting sheep")
     else:
         time.sleep(60)
+"""
+JOINS_ALONE = """
+from posttrain.engine import world
+world.JOIN_MINUTES = 0.05
+world.World.from_launch(hang_minutes=0)
 """
 
 
@@ -52,6 +58,46 @@ def test_rule_19_a_hang_names_rank_and_phase():
     assert "rank 0 has waited 3 s in: saving > counting sheep; the run ends here" in error
     assert "all_reduce" in error  # the stack shows where
     assert workers[1].returncode == 70 and "rank 1 has waited 3 s in: saving" in late
+
+
+def test_a_rank_whose_peers_never_start_does_not_wait_for_them_for_ever():
+    env = launch_environment("ddp", 0, free_port())
+    found = subprocess.run([sys.executable, "-c", JOINS_ALONE], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert found.returncode == 70
+    assert "rank 0 has waited 3 s in: joining the other ranks; the run ends here" in found.stderr
+
+
+def test_phases_are_named_after_an_error_too():
+    world = World(hang_minutes=0)
+    with pytest.raises(KeyError), world.phase("ppo", timed=False), world.phase("step of policy"):
+        raise KeyError
+    assert world._watchdog.where() == "ppo > step of policy"
+    with world.phase("saving"):
+        assert world._watchdog.where() == "saving"
+    assert world._watchdog.where() == "its own work"
+    world.close()
+
+
+def share_a_folder(engine: Engine, *, folders: list[str]) -> str:
+    """A job: what is wrong when each rank is told of its own of these folders."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("posttrain.engine.hosts.SEEN_SECONDS", 0.3)
+        try:
+            engine.world.check_shared(Path(folders[engine.world.rank]))
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def test_ranks_that_share_no_folder_are_refused_and_told_apart(tmp_path):
+    (tmp_path / "second").mkdir()
+    apart = [str(tmp_path / "first"), str(tmp_path / "second")]
+    for folders, wrong in ((apart, "doesn't see what others write there"), ([apart[0], str(tmp_path / "none")], "can't write there")):
+        first, second = run_pair("ddp", "tests.engine.test_world:share_a_folder", folders=folders)
+        assert first.startswith(f"{folders[0]} isn't one folder that all ranks share") and "rank 1 on host" in first
+        assert wrong in first and wrong in second
+    assert run_pair("ddp", "tests.engine.test_world:share_a_folder", folders=[apart[0]] * 2) == ["", ""]
+    assert [path.name for path in (tmp_path / "first").iterdir()] == []
 
 
 def test_a_watchdog_of_no_minutes_waits_for_ever():
