@@ -1,6 +1,6 @@
-"""What a stage will cost, before any model is loaded: rows and tokens, weights and memory, time.
+"""How large a stage's data and models are, before any of them is loaded, and what is wrong with their lengths.
 
-Guesses, and marked so: tokens come from a sample of rows, time from the speed of one matrix product on this machine.
+Tokens are guesses from a sample of rows, and marked so.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-import time
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -19,8 +18,6 @@ from posttrain.config import DataConfig, ModelConfig, replace
 SAMPLE = 256
 LARGEST = 32  # rows that are looked at for their size, the longest by characters
 READ_BYTES = 200e6  # what is read in a few seconds
-BYTES_TRAINED = 16  # fp32 weight, gradient and Adam's two moments
-EFFICIENCY = 0.4  # share of the matrix product's speed that a whole training step reaches, measured on small models
 
 
 def rows_and_tokens(data: DataConfig, kind: str, model_path: str) -> dict[str, Any]:
@@ -139,38 +136,9 @@ def _shortest(row: dict[str, Any]) -> str:
     return "".join(_texts(row["prompt"])) + max(responses, key=len)
 
 
-def training_cost(model_path: str, tokens: Any, *, trained_models: int = 1, frozen_models: int = 0) -> dict[str, Any]:
-    """{"parameters", "memory", "time"} of training on so many tokens; {} for a model that isn't on this disk yet."""
-    parameters = count_parameters(model_path)
-    if not parameters:
-        return {}
-    memory = parameters * (BYTES_TRAINED * trained_models + 4 * frozen_models) / 2**30
-    cost = {"parameters": parameters, "memory": f"about {memory:.2f} GiB and activations, one process; ZeRO divides it by the ranks"}
-    if isinstance(tokens, int | float):
-        minutes = 6 * parameters * tokens / (EFFICIENCY * matmul_flops()) / 60
-        cost["time"] = f"about {f'{minutes:.1f} min' if minutes < 120 else f'{minutes / 60:.1f} h'} on one device like this one"
-    return cost
-
-
 def count_parameters(model_path: str) -> int:
     """Parameters in a folder's safetensors, read from their headers; 0 where there are none."""
     return sum(_header_parameters(file) for file in sorted(Path(model_path).glob("*.safetensors"))) if model_path else 0
-
-
-@cache
-def matmul_flops() -> float:
-    """FLOP/s of a square fp32 matrix product, the best of a few."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    n = 4096 if device == "cuda" else 768
-    a = torch.randn(n, n, device=device)
-    best = float("inf")
-    for _ in range(4):
-        began = time.perf_counter()
-        (a @ a).sum().item()
-        best = min(best, time.perf_counter() - began)
-    return 2 * n**3 / best
 
 
 def _header_parameters(file: Path) -> int:

@@ -510,13 +510,27 @@ def check(config: DPOConfig) -> list[str]:
 
 def plan(config: DPOConfig) -> dict[str, Any]:
     """Rows, tokens, steps, memory and time."""
-    from posttrain.estimates import rows_and_tokens, training_cost
+    from posttrain.costs import Tokens
+    from posttrain.estimates import rows_and_tokens
+    from posttrain.forecast import Role, Work, forecast, trees_of
 
     size = rows_and_tokens(config.data, config.row_type, config.model.path)
-    if "tokens" in size:
+    seen = trees_of(size, config.epochs, head="scored")
+    if seen.count:
         size["optimizer steps"] = max(1, round(config.epochs * size["rows"] / config.batch_size))
-    frozen = int(config.needs_reference and config.reference == "live" and not config.model.adapter.rank)
-    return size | training_cost(config.model.path, size["tokens"] * config.epochs if "tokens" in size else None, frozen_models=frozen)
+    is_live = config.needs_reference and config.reference == "live"
+    before = trees_of(size, 1.0, head="scored") if config.needs_reference and not is_live else Tokens()  # the policy, before it moves
+    roles = [Role(name="policy", model=config.model, trained=seen, read=before)]
+    if is_live:
+        roles.append(Role(name="reference", model=config.model, is_trained=False, shares_base=True, read=seen))
+    work = Work(
+        roles=tuple(roles),
+        row=config.max_tokens_per_micro_batch,
+        longest=config.max_length,
+        update=seen.count / size.get("optimizer steps", 1),
+        copies_checkpoints=config.checkpoint.background,
+    )
+    return size | forecast(work)
 
 
 def preview(config: DPOConfig) -> str:

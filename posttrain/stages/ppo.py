@@ -382,25 +382,58 @@ def uses(config: PPOConfig) -> list[ModelUse]:
 
 
 def check(config: PPOConfig) -> list[str]:
-    """Prompts that are too long, more of them than may be dropped."""
+    """Prompts that are too long, more of them than may be dropped; a vLLM that can't be asked."""
     from posttrain.estimates import prompt_problems
+    from posttrain.rollout.vllm import sampling_problems
 
-    return prompt_problems(config, config.policy)
+    return prompt_problems(config, config.policy) + sampling_problems(config.sampling, config.max_prompt_length)
 
 
 def plan(config: PPOConfig) -> dict[str, Any]:
     """Prompts, an upper bound on tokens, steps, memory and time."""
-    from posttrain.estimates import rows_and_tokens, training_cost
+    from posttrain.costs import tree
+    from posttrain.estimates import rows_and_tokens
+    from posttrain.forecast import Role, Sampled, Work, forecast
 
     size = rows_and_tokens(config.prompts, "prompt", config.policy.path)
-    if "tokens" not in size:
-        return size
-    episode = size["tokens"] / size["rows"] + config.sampling.max_new_tokens
+    is_known = "tokens" in size
+    prompt, new = size["tokens"] / size["rows"] if is_known else config.max_prompt_length, config.sampling.max_new_tokens
     updates = config.num_iterations * config.updates_per_iteration
-    trained = updates * (2 * config.minibatch_size * episode + (config.ptx_batch_size * config.ptx_window if config.ptx_coef else 0))
-    scored = config.num_iterations * config.rollout_batch_size * episode * 5 / 3  # five forward passes, sampling included
-    cost = training_cost(config.policy.path, trained + scored, trained_models=2, frozen_models=2)
-    return {"prompts": size["rows"], "optimizer steps": updates, "tokens at most": round(trained + scored)} | cost
+    rollouts = tree(prompt, 1, new, scored=new) * (config.num_iterations * config.rollout_batch_size if is_known else 0)
+    judged = replace(rollouts, scored=0)
+    text = tree(config.ptx_window, summed=config.ptx_window) * (config.ptx_batch_size * updates if config.ptx_coef and is_known else 0)
+    learnt, terms = rollouts * config.num_epochs + text, 2 if config.ptx_coef else 1
+    judge = Role(
+        name="reward_model",
+        model=config.reward_model,
+        is_trained=False,
+        is_scalar=True,
+        shares_base=config.policy.adapter.rank > 0,
+        read=judged,
+    )
+    roles = (
+        Role(name="policy", model=config.policy, ema=config.ema_decay > 0, terms=terms, trained=learnt, read=rollouts),
+        Role(name="reference", model=config.policy, is_trained=False, shares_base=True, read=rollouts),
+        replace(judge, name="critic", is_trained=True, trained=judged * config.num_epochs),
+        judge,
+    )
+    work = Work(
+        roles=roles,
+        row=config.max_tokens_per_micro_batch,
+        longest=max(config.max_prompt_length + new, config.ptx_window if config.ptx_coef else 0),
+        update=learnt.count / updates,
+        sampled=Sampled(
+            config=config.sampling,
+            responses=config.rollout_batch_size,
+            rollouts=config.num_iterations,
+            prompt=prompt,
+            longest_prompt=config.max_prompt_length,
+        ),
+        copies_checkpoints=config.checkpoint.background,
+    )
+    passed = learnt.count + config.num_epochs * rollouts.count + len(roles) * rollouts.count
+    counts = {"prompts": size["rows"], "optimizer steps": updates, "tokens at most": round(passed)}
+    return (counts if is_known else size) | forecast(work)
 
 
 def smoke(config: PPOConfig) -> PPOConfig:

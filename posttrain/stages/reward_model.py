@@ -242,12 +242,21 @@ def check(config: RewardModelConfig) -> list[str]:
 
 def plan(config: RewardModelConfig) -> dict[str, Any]:
     """Rows, tokens, steps, memory and time."""
-    from posttrain.estimates import rows_and_tokens, training_cost
+    from posttrain.estimates import rows_and_tokens
+    from posttrain.forecast import Role, Work, forecast, trees_of
 
     size = rows_and_tokens(config.data, "comparison", config.model.path)
-    if "tokens" in size:
+    seen = trees_of(size, config.epochs)
+    if seen.count:
         size["optimizer steps"] = max(1, round(config.epochs * size["rows"] / config.batch_size))
-    return size | training_cost(config.model.path, size["tokens"] * config.epochs if "tokens" in size else None)
+    work = Work(
+        roles=(Role(name="reward_model", model=config.model, is_scalar=True, trained=seen),),
+        row=config.max_tokens_per_micro_batch,
+        longest=config.max_length,
+        update=seen.count / size.get("optimizer steps", 1),
+        copies_checkpoints=config.checkpoint.background,
+    )
+    return size | forecast(work)
 
 
 def preview(config: RewardModelConfig) -> str:

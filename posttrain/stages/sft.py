@@ -328,17 +328,28 @@ def check(config: SFTConfig) -> list[str]:
 
 def plan(config: SFTConfig) -> dict[str, Any]:
     """Rows, tokens, steps, memory and time."""
-    from posttrain.estimates import rows_and_tokens, training_cost
+    from posttrain.costs import tree
+    from posttrain.estimates import rows_and_tokens
+    from posttrain.forecast import Role, Work, forecast, trees_of
 
     size = rows_and_tokens(config.data, config.row_type, config.model.path)
-    if config.row_type == "text" and "tokens" in size:
-        size["optimizer steps"] = max(1, round(config.epochs * size["tokens"] / config.max_length / config.batch_size))
-    elif "tokens" in size:
-        size["optimizer steps"] = max(1, round(config.epochs * size["rows"] / config.batch_size))
+    window = config.max_length if config.row_type == "text" else 0
+    seen, mixed_in = trees_of(size, config.epochs, window=window, head="summed"), config.ptx_batch_size if config.ptx_coef else 0
+    if seen.count:
+        rows = size["tokens"] / window if window else size["rows"]
+        size["optimizer steps"] = max(1, round(config.epochs * rows / config.batch_size))
+        seen += tree(config.ptx_window, summed=config.ptx_window) * (mixed_in * size["optimizer steps"])
     asked = rows_and_tokens(config.selection.prompts, "prompt", config.model.path) if config.selection.is_on else {}
     if "tokens" in asked:
         size["responses at each evaluation"] = asked["rows"] * config.selection.samples_per_prompt
-    return size | training_cost(config.model.path, size["tokens"] * config.epochs if "tokens" in size else None)
+    work = Work(
+        roles=(Role(name="policy", model=config.model, terms=1 + bool(mixed_in), trained=seen),),
+        row=config.max_tokens_per_micro_batch,
+        longest=max(config.max_length, config.ptx_window if mixed_in else 0),
+        update=seen.count / size.get("optimizer steps", 1),
+        copies_checkpoints=config.checkpoint.background,
+    )
+    return size | forecast(work)
 
 
 def preview(config: SFTConfig) -> str:

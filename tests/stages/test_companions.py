@@ -71,7 +71,7 @@ def test_sft_plans_its_rows_tokens_steps_and_parameters(place):
     assert size["rows"] == ROWS and size["tokens"] == pytest.approx(words, rel=0.02) and size["optimizer steps"] == 15
     model = AutoModelForCausalLM.from_pretrained(place / "model")
     assert size["parameters"] == model.num_parameters()
-    assert size["memory"].startswith(f"about {16 * model.num_parameters() / 2**30:.2f} GiB") and "min on one device" in size["time"]
+    assert " in one process: " in size["memory"] and "min on one device" in size["time"] and "warning" not in size
 
 
 def test_sft_plans_text_by_its_windows(place):

@@ -1,0 +1,403 @@
+"""What a stage will hold, send and take in time on this launch: the formulas of posttrain.costs applied to the files of its models.
+
+Memory is arithmetic. Time is a guess: of the speed of one matrix product on this device, a training step is taken to reach
+EFFICIENCY, and sampling SAMPLING_EFFICIENCY of what the speed of memory allows; both were measured by benchmarks/limits.py on a
+CPU, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from posttrain import costs
+from posttrain.config import ModelConfig, SamplingConfig, replace
+from posttrain.costs import Shape, Sharding, Tokens
+from posttrain.estimates import count_parameters
+
+EFFICIENCY, SAMPLING_EFFICIENCY = 0.5, 0.3
+GIB = 2**30
+MOST_PROCESSES = 512  # that are tried when something doesn't fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """One of a stage's models. `trained` and `read` are the tokens, over all processes and the whole stage, that pass through it with
+    and without a gradient; `shares_base` says that it is an adapter over the base of the stage's first role."""
+
+    name: str
+    model: ModelConfig
+    is_trained: bool = True
+    is_scalar: bool = False
+    ema: bool = False
+    terms: int = 1
+    shares_base: bool = False
+    trained: Tokens = Tokens()
+    read: Tokens = Tokens()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """How the first role samples: `responses` in one rollout over all processes, `rollouts` of them, prompts of `prompt` tokens."""
+
+    config: SamplingConfig
+    responses: int
+    rollouts: int
+    prompt: float
+    longest_prompt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """All that a stage does. `row` is max_tokens_per_micro_batch and `longest` the smallest that it may be; `update` are the tokens
+    of one optimizer step over all processes."""
+
+    roles: tuple[Role, ...]
+    row: int
+    longest: int
+    update: float
+    sampled: Sampled | None = None
+    copies_checkpoints: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a stage runs: `memory` bytes of a process's device, `host` bytes of the machine for each process on it."""
+
+    sharding: Sharding
+    device: str = "cpu"
+    memory: float = 0.0
+    host: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Bytes of one process: by part while updating, in all while sampling, and on the host."""
+
+    updating: Mapping[str, float] = field(default_factory=dict)
+    sampling: float = 0.0
+    host: float = 0.0
+
+    @property
+    def peak(self) -> float:
+        return max(sum(self.updating.values()), self.sampling)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a model's files say, and the bytes of one of its weights on a device."""
+
+    shape: Shape
+    parameters: int
+    weight_bytes: int
+
+
+def forecast(work: Work) -> dict[str, Any]:
+    """{"parameters", "memory", "on disk", "sent", "time", "warning"}, those that there is something to say of; {} where a model isn't on
+    this disk yet."""
+    described = {role.name: found for role in work.roles if (found := described_by(role.model))}
+    if len(described) < len(work.roles):
+        return {}
+    place = here()
+    known = {role.name: Model(*described[role.name], weight_bytes(role.model, place.device)) for role in work.roles}
+    first, held = known[work.roles[0].name], memory(work, known, place)
+    lines: dict[str, Any] = {"parameters": first.parameters, "memory": said_of_memory(held, place)}
+    lines["on disk"] = f"{size(on_disk(work, known, place.sharding))} a checkpoint"
+    if place.sharding.ranks > 1:
+        lines["sent"] = f"{size(traffic(work, known, place.sharding))} by each process in an optimizer step of every trained model"
+    if any(role.trained.count for role in work.roles):
+        lines["time"] = said_of_time(work, known, place.sharding.ranks)
+    if not fits(held, place):
+        lines["warning"] = f"more than there is; {remedy(work, known, place)}"
+    return lines
+
+
+def trees_of(found: Mapping[str, Any], times: float, *, window: int = 0, head: str = "") -> Tokens:
+    """All tokens of a source (`rows_and_tokens`), read so many times, as trees of its mean length or as windows; nothing where they
+    aren't known. `head` says what is asked of the LM head: "scored", "summed" or nothing."""
+    if "tokens" not in found:
+        return Tokens()
+    length = window or found["tokens"] / found["rows"]
+    return costs.tree(length, **({head: length} if head else {})) * (found["tokens"] / length * times)
+
+
+# --- what is known
+
+
+def described_by(config: ModelConfig) -> tuple[Shape, int] | None:
+    """A model folder's shape and number of parameters; None where there is no such folder or its config.json is of another kind."""
+    folder = Path(config.path).expanduser()
+    if config.path and (folder / "adapter_config.json").is_file():
+        named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        return described_by(ModelConfig(path=str(named or "")))
+    file = folder / "config.json"
+    shape = costs.shape_of(json.loads(file.read_text(encoding="utf-8"))) if config.path and file.is_file() else None
+    return (shape, count_parameters(config.path) or shape.parameters) if shape else None
+
+
+def weight_bytes(config: ModelConfig, device: str) -> int:
+    """Bytes of one weight as `posttrain.models.loading.compute_dtype` has it."""
+    dtype = config.dtype if config.dtype != "auto" else "bf16" if device == "cuda" else "fp32"
+    return 2 if dtype == "bf16" else 4
+
+
+def here() -> Place:
+    """This launch and this machine."""
+    import torch
+
+    from posttrain.engine.launch import read_launch
+
+    launch, ranks = read_launch(), int(os.environ.get("WORLD_SIZE", "1"))
+    away = dict(offload_optimizer=launch.offload_optimizer != "none", offload_weights=launch.offload_param != "none")
+    sharding = Sharding(level=launch.zero_stage, ranks=ranks, **away)
+    share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        return Place(sharding=sharding, device="cuda", memory=torch.cuda.get_device_properties(0).total_memory, host=share)
+    return Place(sharding=sharding, memory=share, host=share)
+
+
+# --- memory
+
+
+def memory(work: Work, models: Mapping[str, Model], place: Place) -> Held:
+    """What one process holds at most. Models are updated one after the other, and nobody samples meanwhile."""
+    parts = {role.name: role_memory(role, models[role.name], place.sharding) for role in work.roles}
+    host = sum(part.pop("host", 0.0) for part in parts.values())
+    staying = {name: sum(costs.between_updates(part, level_of(work, name, models, place)).values()) for name, part in parts.items()}
+    peaks = []
+    for role in work.roles:
+        model = models[role.name]
+        passing = sum(parts[role.name].values()) - staying[role.name]
+        if role.is_trained:
+            row = row_memory(role, model, work.row, place)
+            peaks.append({**staying, "gradients and buffers": passing, **row})
+    updating = max(peaks, key=lambda peak: sum(peak.values()))
+    copied = checkpoint_copies(work, models, place.sharding)
+    if place.device == "cpu":
+        updating, host = {**updating, "offloaded": host, "copy for a checkpoint": copied}, 0.0
+    sampling = sum(staying.values()) + sampling_memory(work, models, place) if work.sampled else 0.0
+    return Held(updating={name: part for name, part in updating.items() if part}, sampling=sampling, host=host + copied)
+
+
+def level_of(work: Work, name: str, models: Mapping[str, Model], place: Place) -> int:
+    """The ZeRO level that a model's trained part really has; adapters are always whole."""
+    role = next(role for role in work.roles if role.name == name)
+    return 0 if role.model.adapter.rank else costs.effective_level(place.sharding.level, models[name].weight_bytes)
+
+
+def role_memory(role: Role, model: Model, sharding: Sharding) -> dict[str, float]:
+    """What a model holds in updates, by part."""
+    p, b, adapter = model.parameters, model.weight_bytes, role.model.adapter
+    if not adapter.rank:
+        if not role.is_trained:
+            return costs.frozen_memory(p, b, sharding)
+        return costs.trained_memory(p, b, sharding, ema=role.ema, terms=role.terms, largest=model.shape.table)
+    linear = model.shape.trunk if adapter.quantize == "nf4" else 0
+    base = costs.frozen_memory(p, (linear * costs.NF4 + (p - linear) * b) / p, sharding)
+    own = costs.adapter_parameters(model.shape, adapter.rank)
+    whole = Sharding(ranks=sharding.ranks)  # adapters are never sharded
+    above = costs.trained_memory(own, 4, whole, ema=role.ema, terms=role.terms) if role.is_trained else {"weights": 4.0 * own}
+    return above if role.shares_base else {name: above.get(name, 0.0) + base.get(name, 0.0) for name in {**above, **base}}
+
+
+def row_memory(role: Role, model: Model, tokens: int, place: Place) -> dict[str, float]:
+    """What one packed row adds in an update."""
+    from posttrain.models.logprobs import CHUNK_BYTES
+
+    autocast = model.weight_bytes == 2 and (place.sharding.level == 0 or role.model.adapter.rank > 0)
+    row = costs.activations(
+        model.shape,
+        tokens,
+        model.weight_bytes,
+        checkpointing=role.model.gradient_checkpointing,
+        autocast=autocast,
+        repeats_keys=place.device == "cpu",
+    )
+    whole = not role.model.adapter.rank
+    head = 0.0 if role.is_scalar else costs.head_memory(model.shape, model.weight_bytes, CHUNK_BYTES[place.device], is_trained=whole)
+    return {f"activations of {tokens:,} tokens": row, "LM head": head}
+
+
+def sampling_memory(work: Work, models: Mapping[str, Model], place: Place) -> float:
+    """What the first role's sampling adds on one process; a vLLM beside or elsewhere has memory of its own."""
+    assert work.sampled is not None
+    first, sampling = models[work.roles[0].name], work.sampled.config
+    if sampling.vllm.mode:
+        return 0.0
+    longest = work.sampled.longest_prompt + sampling.max_new_tokens
+    side_by_side = min(sampling.max_cached_tokens // longest, -(-work.sampled.responses // place.sharding.ranks))
+    return costs.sampling_memory(first.shape, first.parameters, side_by_side * longest, first.weight_bytes, place.sharding)
+
+
+def trained_parameters(role: Role, model: Model) -> int:
+    return costs.adapter_parameters(model.shape, role.model.adapter.rank) if role.model.adapter.rank else model.parameters
+
+
+def own_setting(role: Role, model: Model, sharding: Sharding) -> tuple[int, int, Sharding]:
+    """(parameters, bytes of a weight, sharding) of what is trained in a model."""
+    whole = bool(role.model.adapter.rank)
+    return trained_parameters(role, model), 4 if whole else model.weight_bytes, replace(sharding, level=0) if whole else sharding
+
+
+def checkpoint_copies(work: Work, models: Mapping[str, Model], sharding: Sharding) -> float:
+    trained = [role for role in work.roles if role.is_trained and work.copies_checkpoints]
+    return sum(costs.checkpoint_copy(*own_setting(role, models[role.name], sharding), ema=role.ema) for role in trained)
+
+
+def on_disk(work: Work, models: Mapping[str, Model], sharding: Sharding) -> float:
+    """Bytes of one checkpoint of all trained models."""
+    trained = [role for role in work.roles if role.is_trained]
+    return sum(costs.checkpoint_bytes(*own_setting(role, models[role.name], sharding), ema=role.ema) for role in trained)
+
+
+def traffic(work: Work, models: Mapping[str, Model], sharding: Sharding) -> float:
+    """Bytes that each process sends while every trained model makes one step."""
+    micro_batches = max(1, -(-round(work.update) // (work.row * sharding.ranks)))
+    total = 0.0
+    for role in work.roles:
+        if role.is_trained:
+            setting = own_setting(role, models[role.name], sharding)
+            checkpointing = role.model.gradient_checkpointing
+            volumes = costs.communication(*setting, micro_batches=micro_batches, terms=role.terms, checkpointing=checkpointing)
+            if sharding.level == 3 and role.model.adapter.rank:
+                volumes["all_gather"] = 2.0 * models[role.name].parameters * models[role.name].weight_bytes * micro_batches
+            total += costs.sent(volumes, sharding.ranks)
+    return total
+
+
+# --- what doesn't fit
+
+
+def fits(held: Held, place: Place) -> bool:
+    return held.peak <= place.memory and held.host <= place.host
+
+
+def remedy(work: Work, models: Mapping[str, Model], place: Place) -> str:
+    """The first settings with which it would fit, the cheapest ones tried first."""
+    for changes, other, setting in remedies(work, place):
+        if fits(memory(other, models, setting), setting):
+            return f"{', '.join(changes)} would fit"
+    return "nothing that was tried would fit"
+
+
+def remedies(work: Work, place: Place) -> Iterator[tuple[list[str], Work, Place]]:
+    changes: list[str] = []
+    if not all(role.model.gradient_checkpointing for role in work.roles if role.is_trained):
+        roles = tuple(replace(role, model=replace(role.model, gradient_checkpointing=True)) for role in work.roles)
+        changes, work = ["gradient_checkpointing=True"], replace(work, roles=roles)
+        yield changes, work, place
+    if work.row > work.longest:
+        changes, work = [*changes, f"max_tokens_per_micro_batch={work.longest}"], replace(work, row=work.longest)
+        yield changes, work, place
+    if work.sampled:
+        longest = work.sampled.longest_prompt + work.sampled.config.max_new_tokens
+        config = replace(work.sampled.config, max_cached_tokens=16 * longest)
+        if config.max_cached_tokens < work.sampled.config.max_cached_tokens:
+            changes = [*changes, f"max_cached_tokens={config.max_cached_tokens}"]
+            work = replace(work, sampled=replace(work.sampled, config=config))
+            yield changes, work, place
+    own, folder = place.sharding, "accelerate_configs/" + ("" if place.device == "cuda" else "cpu_")
+    if own.ranks > 1 and own.level < 3:
+        yield [*changes, f"{folder}zero3.yaml"], work, replace(place, sharding=replace(own, level=3))
+    if place.device == "cuda":
+        offloaded = Sharding(level=3, ranks=own.ranks, offload_optimizer=True, offload_weights=True)
+        yield [*changes, f"{folder}zero3_offload.yaml"], work, replace(place, sharding=offloaded)
+    ranks = 2
+    while ranks <= MOST_PROCESSES:
+        if ranks > own.ranks:
+            # processes of a CPU share its memory: more of them are more machines
+            yield [*changes, f"{folder}zero3.yaml on {ranks} such devices"], work, replace(place, sharding=Sharding(level=3, ranks=ranks))
+        ranks *= 2
+
+
+# --- time
+
+
+def seconds(work: Work, models: Mapping[str, Model], ranks: int, flops: float, bytes_per_second: float) -> tuple[float, float]:
+    """(sampling, everything else) on `ranks` devices of this speed."""
+    compute = 0.0
+    for role in work.roles:
+        shape, frozen = models[role.name].shape, bool(role.model.adapter.rank)
+        trained = costs.training_flops(shape, role.trained, checkpointing=role.model.gradient_checkpointing, frozen_base=frozen)
+        compute += trained + costs.forward_flops(shape, role.read)
+    return sampling_seconds(work, models, ranks, flops, bytes_per_second), compute / (flops * EFFICIENCY * ranks)
+
+
+def sampling_seconds(work: Work, models: Mapping[str, Model], ranks: int, flops: float, bytes_per_second: float) -> float:
+    """Decoding is bound by reading weights and cache, or by arithmetic where many responses stand side by side."""
+    sampled = work.sampled
+    if sampled is None:
+        return 0.0
+    model, new = models[work.roles[0].name], sampled.config.max_new_tokens
+    mine = -(-sampled.responses // ranks)
+    rows = max(1, min(mine, sampled.config.max_cached_tokens // (sampled.longest_prompt + new)))
+    read = costs.decoding_bytes(model.shape, rows, sampled.prompt, new, model.weight_bytes) * mine / rows
+    tokens = costs.tree(sampled.prompt, 1, new, scored=new) * mine
+    one = max(read / bytes_per_second, costs.forward_flops(model.shape, tokens) / flops) / SAMPLING_EFFICIENCY
+    return one * sampled.rollouts
+
+
+@cache
+def matmul_flops() -> float:
+    """FLOP/s of a square matrix product in the precision of training, the best of a few."""
+    import torch
+
+    is_cuda = torch.cuda.is_available()
+    n, dtype = (4096, torch.bfloat16) if is_cuda else (768, torch.float32)
+    a = torch.randn(n, n, device="cuda" if is_cuda else "cpu", dtype=dtype)
+    return 2 * n**3 / _best(lambda: (a @ a).sum().item())
+
+
+@cache
+def read_rate() -> float:
+    """Bytes per second at which a matrix-vector product reads its matrix from memory."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    matrix, vector = torch.ones(8192, 2048, device=device), torch.ones(2048, device=device)
+    return matrix.numel() * 4 / _best(lambda: (matrix @ vector).sum().item())
+
+
+def _best(call: Any) -> float:
+    """Seconds of the fastest of a few calls."""
+    best = float("inf")
+    for _ in range(4):
+        began = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+# --- in words
+
+
+def size(count: float) -> str:
+    """Bytes for a reader."""
+    return f"{count / GIB:,.2f} GiB" if count < 100 * GIB else f"{count / GIB:,.0f} GiB"
+
+
+def said_of_memory(held: Held, place: Place) -> str:
+    ranks, level = place.sharding.ranks, place.sharding.level
+    where = "one process" if ranks == 1 else f"each of {ranks} processes, " + (f"ZeRO-{level}" if level else "a copy each")
+    parts = ", ".join(f"{name.replace('_', ' ')} {part / GIB:.2f}" for name, part in held.updating.items() if part > 0.005 * held.peak)
+    text = f"{size(held.peak)} of {size(place.memory)} in {where}: {parts}"
+    text += f"; while sampling {held.sampling / GIB:.2f}" if held.sampling else ""
+    return text + (f"; {size(held.host)} of the host's" if held.host and place.device == "cuda" else "")
+
+
+def said_of_time(work: Work, models: Mapping[str, Model], ranks: int) -> str:
+    rate = read_rate() if work.sampled else 1.0
+    sampling, rest = seconds(work, models, ranks, matmul_flops(), rate)
+    text = f"about {duration(sampling + rest)} on " + ("one device" if ranks == 1 else f"{ranks} devices") + " like this one"
+    return f"{text}, {duration(sampling)} of it sampling" if sampling else text
+
+
+def duration(length: float) -> str:
+    minutes = length / 60
+    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
