@@ -226,7 +226,8 @@ class Run:
         self._logged = now
         self.metrics |= {name: value for name, value in numbers.items() if math.isfinite(value)}
         self._timed, before = self._clock.read(), self._timed
-        self.tracker.log(self.step, numbers | {f"time/{name}": seconds for name, seconds in between(before, self._timed).items()})
+        spent = {f"time/{name}": round(seconds, 4) for name, seconds in between(before, self._timed).items()}
+        self.tracker.log(self.step, numbers | spent)
         if self._progress:
             self._progress.update(self._done() if self._done else self.step, numbers, tokens)
 

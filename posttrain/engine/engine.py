@@ -137,7 +137,8 @@ class Engine:
         self.settle()
         with self.world.timed("saving"):
             self._saving = (checkpoint.begin(self.world, Path(folder), models, state, manifest, background=background), done)
-        self.settle(wait=not background)
+        if not background:
+            self.settle()
 
     def settle(self, wait: bool = True) -> None:
         """See to the checkpoint that is being written in the background, if there is one: finish it, or without `wait` only if all ranks

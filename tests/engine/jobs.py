@@ -410,7 +410,7 @@ def try_load(engine: Engine, *, folder: str, restart_optimizer: bool = False) ->
     return {"state": state, "weights": weights, "ema": model.state_dict_full(ema=True), "steps": model.steps, "norm": update.grad_norm}
 
 
-def full_disk(engine: Engine, *, folder: str, rank: int) -> dict[str, Any]:
+def full_disk(engine: Engine, *, folder: str, rank: int, background: bool) -> dict[str, Any]:
     """Save, then save again when one rank can't write more than a few bytes to a file; the run goes on."""
     import resource
 
@@ -421,7 +421,8 @@ def full_disk(engine: Engine, *, folder: str, rank: int) -> dict[str, Any]:
     if engine.world.rank == rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
-        engine.save(path / "step_000002", {"policy": model}, {"step": 2}, {})
+        engine.save(path / "step_000002", {"policy": model}, {"step": 2}, {}, background=background)
+        engine.settle()
         error = ""
     except OSError as caught:
         error = str(caught)

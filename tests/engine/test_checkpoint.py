@@ -129,9 +129,10 @@ def test_rule_24_the_manifest_says_who_wrote_what(saved):
         engine.load(folder / "step_000001", {"critic": engine.train(jobs.scalar(), jobs.LINEAR, 1, name="critic")})
 
 
+@pytest.mark.parametrize("background", (False, True))
 @pytest.mark.parametrize("backend", ("plain", "ddp", "zero3"))
-def test_rule_24_a_full_disk_leaves_the_last_good_checkpoint(backend, tmp_path):
-    answers = on(backend, "full_disk", folder=str(tmp_path), rank=1 if backend == "zero3" else 0)
+def test_rule_24_a_full_disk_leaves_the_last_good_checkpoint(backend, background, tmp_path):
+    answers = on(backend, "full_disk", folder=str(tmp_path), rank=1 if backend == "zero3" else 0, background=background)
     for answer in answers:
         assert "step_000002 could not be written, earlier checkpoints are untouched: rank" in answer["error"]
         assert answer["left"] == ["step_000001"] and answer["good"] == tmp_path / "step_000001"
