@@ -252,4 +252,4 @@ class TokenLogprobs(nn.Linear):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits (M, V) in fp32, after the family's transform: what a sampler draws from."""
-        return self.transform.apply_(super().forward(hidden).float())
+        return self.transform.apply_(self.forward(hidden).float())

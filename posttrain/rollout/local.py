@@ -22,6 +22,7 @@ from torch import Tensor
 from posttrain.config import SamplingConfig
 from posttrain.models.attention import structure_for
 from posttrain.models.model import PackedModel
+from posttrain.models.prepacked import prepacked
 from posttrain.packing import Tree, forest, segment
 from posttrain.rollout.cache import DecodeCache, Prefill
 
@@ -124,7 +125,7 @@ def sample(
     meter = _Meter(len(mine), config.max_new_tokens, progress)
     sampled: list[Response] = []
     stopped = False
-    with model.gathered(), torch.inference_mode():
+    with model.gathered(), torch.inference_mode(), prepacked(model.module):
         for wave in waves(mine, lengths, config):
             keys = [(seeds[p], number) if seeds is not None else (seed, iteration, first_prompt + p, number) for p, number in wave]
             decoder = Decoder(model.module, [asked[p] for p, _ in wave], [p for p, _ in wave], keys, config, world.device, drawing)
@@ -212,13 +213,13 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
     """
     if temperature not in (0, 1):
         logits.div_(temperature)
-    top, likeliest = logits.max(-1, keepdim=True)  # (R, 1)
-    shifted = logits.sub_(top)
+    likeliest = logits.argmax(-1, keepdim=True) if temperature == 0 else None  # (R, 1)
+    shifted = logits.sub_(logits.amax(-1, keepdim=True))
     cumulative = shifted.exp().cumsum_(-1)
     total = cumulative[:, -1:]
     # u <= 1 - 2^-23 keeps u * total strictly below total in fp32, and right=True passes over tokens of probability 0:
     # the place found always exists and can always be drawn
-    tokens = likeliest if temperature == 0 else torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
+    tokens = torch.searchsorted(cumulative, uniform[:, None] * total, right=True) if likeliest is None else likeliest
     logprobs = shifted.gather(-1, tokens) - total.log()
     return tokens.squeeze(-1), logprobs.squeeze(-1)
 

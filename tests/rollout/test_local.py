@@ -12,6 +12,7 @@ import torch
 from posttrain.config import SamplingConfig
 from posttrain.engine import Engine, World
 from posttrain.engine.model import FrozenModel
+from posttrain.models import prepacked
 from posttrain.models.model import PackedModel
 from posttrain.packing import forest
 from posttrain.rollout import local
@@ -260,3 +261,14 @@ def test_rule_19_ranks_share_the_work_and_all_have_the_same_rollout(backend):
         assert alone and responses == expected.responses
         for ours, theirs in zip(logprobs, expected.logprobs):
             torch.testing.assert_close(torch.tensor(ours), theirs, atol=1e-5, rtol=0)
+
+
+def test_prepacked_weights_sample_the_same_responses(monkeypatch) -> None:
+    model, prompts, config = frozen(), some_prompts(), SamplingConfig(max_new_tokens=24)
+    plain = run(model, prompts, config, samples_per_prompt=3)
+    monkeypatch.setattr(prepacked, "SMALLEST", 1)
+    laid_out = run(model, prompts, config, samples_per_prompt=3)
+    assert laid_out.responses == plain.responses
+    for one, other in zip(laid_out.logprobs, plain.logprobs):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert not [name for name, part in model.module.named_modules() if "forward" in vars(part)]
