@@ -1,18 +1,17 @@
 """What a stage will hold, send and take in time on this launch: the formulas of posttrain.costs applied to the files of its models.
 
-Memory is arithmetic. Time is a guess: of the speed of one matrix product on this device, a training step is taken to reach
-EFFICIENCY, and sampling SAMPLING_EFFICIENCY of what the speed of memory allows; both were measured by benchmarks/limits.py on a
-CPU, and nowhere else.
+Memory is arithmetic. Time is a guess: of the speed of one matrix product on this device a training step is taken to reach
+EFFICIENCY, and sampling SAMPLING_EFFICIENCY of what that and the speed of memory allow; both were measured by benchmarks/limits.py
+on a CPU, and nowhere else.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from posttrain import costs
 from posttrain.config import ModelConfig, SamplingConfig, replace
 from posttrain.costs import Shape, Sharding, Tokens
 from posttrain.estimates import count_parameters
+from posttrain.speed import matmul_flops, read_rate
 
 EFFICIENCY, SAMPLING_EFFICIENCY = 0.5, 0.3
 GIB = 2**30
@@ -125,6 +125,19 @@ def trees_of(found: Mapping[str, Any], times: float, *, window: int = 0, head: s
         return Tokens()
     length = window or found["tokens"] / found["rows"]
     return costs.tree(length, **({head: length} if head else {})) * (found["tokens"] / length * times)
+
+
+def sampled(config: Any, size: Mapping[str, Any]) -> Sampled:
+    """How a stage samples that has `prompts`, `sampling`, `max_prompt_length`, `num_iterations` and `rollout_batch_size`; where prompts
+    aren't known, they are taken to be as long as they may be."""
+    prompt = size["tokens"] / size["rows"] if "tokens" in size else config.max_prompt_length
+    return Sampled(
+        config=config.sampling,
+        responses=config.rollout_batch_size,
+        rollouts=config.num_iterations,
+        prompt=prompt,
+        longest_prompt=config.max_prompt_length,
+    )
 
 
 # --- what is known
@@ -319,59 +332,27 @@ def remedies(work: Work, place: Place) -> Iterator[tuple[list[str], Work, Place]
 # --- time
 
 
-def seconds(work: Work, models: Mapping[str, Model], ranks: int, flops: float, bytes_per_second: float) -> tuple[float, float]:
-    """(sampling, everything else) on `ranks` devices of this speed."""
+def seconds(work: Work, models: Mapping[str, Model], ranks: int, flops: float, reading: float) -> tuple[float, float]:
+    """(sampling, everything else) on `ranks` devices that multiply `flops` and read `reading` bytes a second."""
     compute = 0.0
     for role in work.roles:
         shape, frozen = models[role.name].shape, bool(role.model.adapter.rank)
         trained = costs.training_flops(shape, role.trained, checkpointing=role.model.gradient_checkpointing, frozen_base=frozen)
         compute += trained + costs.forward_flops(shape, role.read)
-    return sampling_seconds(work, models, ranks, flops, bytes_per_second), compute / (flops * EFFICIENCY * ranks)
+    drawing = sampling_seconds(work, models, ranks, flops * SAMPLING_EFFICIENCY, reading * SAMPLING_EFFICIENCY)
+    return drawing, compute / (flops * EFFICIENCY * ranks)
 
 
-def sampling_seconds(work: Work, models: Mapping[str, Model], ranks: int, flops: float, bytes_per_second: float) -> float:
+def sampling_seconds(work: Work, models: Mapping[str, Model], ranks: int, flops: float, reading: float) -> float:
     """Decoding is bound by reading weights and cache, or by arithmetic where many responses stand side by side."""
-    sampled = work.sampled
-    if sampled is None:
+    if work.sampled is None:
         return 0.0
-    model, new = models[work.roles[0].name], sampled.config.max_new_tokens
-    mine = -(-sampled.responses // ranks)
-    rows = max(1, min(mine, sampled.config.max_cached_tokens // (sampled.longest_prompt + new)))
-    read = costs.decoding_bytes(model.shape, rows, sampled.prompt, new, model.weight_bytes) * mine / rows
-    tokens = costs.tree(sampled.prompt, 1, new, scored=new) * mine
-    one = max(read / bytes_per_second, costs.forward_flops(model.shape, tokens) / flops) / SAMPLING_EFFICIENCY
-    return one * sampled.rollouts
-
-
-@cache
-def matmul_flops() -> float:
-    """FLOP/s of a square matrix product in the precision of training, the best of a few."""
-    import torch
-
-    is_cuda = torch.cuda.is_available()
-    n, dtype = (4096, torch.bfloat16) if is_cuda else (768, torch.float32)
-    a = torch.randn(n, n, device="cuda" if is_cuda else "cpu", dtype=dtype)
-    return 2 * n**3 / _best(lambda: (a @ a).sum().item())
-
-
-@cache
-def read_rate() -> float:
-    """Bytes per second at which a matrix-vector product reads its matrix from memory."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    matrix, vector = torch.ones(8192, 2048, device=device), torch.ones(2048, device=device)
-    return matrix.numel() * 4 / _best(lambda: (matrix @ vector).sum().item())
-
-
-def _best(call: Any) -> float:
-    """Seconds of the fastest of a few calls."""
-    best = float("inf")
-    for _ in range(4):
-        began = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - began)
-    return best
+    draws, model = work.sampled, models[work.roles[0].name]
+    new, mine = draws.config.max_new_tokens, -(-draws.responses // ranks)
+    rows = max(1, min(mine, draws.config.max_cached_tokens // (draws.longest_prompt + new)))
+    read = costs.decoding_bytes(model.shape, rows, draws.prompt, new, model.weight_bytes) * mine / rows
+    tokens = costs.tree(draws.prompt, 1, new, scored=new) * mine
+    return draws.rollouts * max(read / reading, costs.forward_flops(model.shape, tokens) / flops)
 
 
 # --- in words
@@ -392,8 +373,7 @@ def said_of_memory(held: Held, place: Place) -> str:
 
 
 def said_of_time(work: Work, models: Mapping[str, Model], ranks: int) -> str:
-    rate = read_rate() if work.sampled else 1.0
-    sampling, rest = seconds(work, models, ranks, matmul_flops(), rate)
+    sampling, rest = seconds(work, models, ranks, matmul_flops(), read_rate() if work.sampled else math.inf)
     text = f"about {duration(sampling + rest)} on " + ("one device" if ranks == 1 else f"{ranks} devices") + " like this one"
     return f"{text}, {duration(sampling)} of it sampling" if sampling else text
 

@@ -41,6 +41,7 @@ FLOORS = {
     "ops": 0,
     "controllers": 0,
     "costs": 0,
+    "speed": 0,
     "clock": 0,
     "config": 0,
 }

@@ -39,6 +39,7 @@ from posttrain.preferences import Pairs, Responses, best_response, longest_row, 
 if TYPE_CHECKING:
     from posttrain.data.chat import Chat
     from posttrain.engine.model import TrainedModel
+    from posttrain.forecast import Work
     from posttrain.reference import Reference
     from posttrain.run import Run
 
@@ -510,27 +511,31 @@ def check(config: DPOConfig) -> list[str]:
 
 def plan(config: DPOConfig) -> dict[str, Any]:
     """Rows, tokens, steps, memory and time."""
-    from posttrain.costs import Tokens
     from posttrain.estimates import rows_and_tokens
-    from posttrain.forecast import Role, Work, forecast, trees_of
+    from posttrain.forecast import forecast
 
     size = rows_and_tokens(config.data, config.row_type, config.model.path)
-    seen = trees_of(size, config.epochs, head="scored")
-    if seen.count:
+    if "tokens" in size:
         size["optimizer steps"] = max(1, round(config.epochs * size["rows"] / config.batch_size))
+    return size | forecast(workload(config, size))
+
+
+def workload(config: DPOConfig, size: Mapping[str, Any]) -> Work:
+    """What passes through the models, of rows as `plan` counts them."""
+    from posttrain.costs import Tokens
+    from posttrain.forecast import Role, Work, trees_of
+
+    seen = trees_of(size, config.epochs, head="scored")
     is_live = config.needs_reference and config.reference == "live"
     before = trees_of(size, 1.0, head="scored") if config.needs_reference and not is_live else Tokens()  # the policy, before it moves
-    roles = [Role(name="policy", model=config.model, trained=seen, read=before)]
-    if is_live:
-        roles.append(Role(name="reference", model=config.model, is_trained=False, shares_base=True, read=seen))
-    work = Work(
-        roles=tuple(roles),
+    reference = Role(name="reference", model=config.model, is_trained=False, shares_base=True, read=seen)
+    return Work(
+        roles=(Role(name="policy", model=config.model, trained=seen, read=before), *([reference] if is_live else [])),
         row=config.max_tokens_per_micro_batch,
         longest=config.max_length,
         update=seen.count / size.get("optimizer steps", 1),
         copies_checkpoints=config.checkpoint.background,
     )
-    return size | forecast(work)
 
 
 def preview(config: DPOConfig) -> str:

@@ -46,11 +46,13 @@ from posttrain.models.described import CAUSAL, REWARD, ModelUse
 from posttrain.ops import kl_k1, kl_k3, nll
 from posttrain.rewards.config import RewardsConfig
 from posttrain.rollout.advantages import group_mean, group_std, leave_one_out, over_batch
+from posttrain.rollout.experience import importance_weights
 from posttrain.rollout.settings import mixing_problems, one_of, require_same_tokens, rollout_problems
 
 if TYPE_CHECKING:
     from posttrain.data.chat import Chat
     from posttrain.engine.model import FrozenModel, TrainedModel
+    from posttrain.forecast import Work
     from posttrain.packing import Forest, Tree
     from posttrain.rollout.experience import Experience
     from posttrain.rollout.groups import Judged
@@ -495,42 +497,45 @@ def check(config: GRPOConfig) -> list[str]:
 
 def plan(config: GRPOConfig) -> dict[str, Any]:
     """Prompts, an upper bound on tokens, steps, memory and time."""
-    from posttrain.costs import tree
     from posttrain.estimates import rows_and_tokens
-    from posttrain.forecast import Role, Sampled, Work, forecast
+    from posttrain.forecast import forecast
 
     size = rows_and_tokens(config.prompts, "prompt", config.policy.path)
-    is_known = "tokens" in size
-    prompt, new = size["tokens"] / size["rows"] if is_known else config.max_prompt_length, config.sampling.max_new_tokens
-    updates = config.num_iterations * config.updates_per_iteration
+    work = workload(config, size)
+    if "tokens" in size:
+        tokens = sum(role.trained.count + role.read.count for role in work.roles)
+        size = {"prompts": size["rows"], "optimizer steps": config.num_iterations * config.updates_per_iteration}
+        size["tokens at most"] = round(tokens)
+    return size | forecast(work)
+
+
+def workload(config: GRPOConfig, size: Mapping[str, Any]) -> Work:
+    """What passes through the models, of prompts as `plan` counts them; every response is as long as it may be."""
+    from posttrain.costs import tree
+    from posttrain.forecast import Role, Work, sampled
+
+    draws, new = sampled(config, size), config.sampling.max_new_tokens
+    updates = config.num_iterations * config.updates_per_iteration if "tokens" in size else 0
     # a prompt is computed once for its group
-    rollouts = tree(prompt, config.group_size, new, scored=config.group_size * new)
-    rollouts *= config.num_iterations * config.rollout_batch_size / config.group_size if is_known else 0
-    text = tree(config.ptx_window, summed=config.ptx_window) * (config.ptx_batch_size * updates if config.ptx_coef and is_known else 0)
-    learnt, has_reference = rollouts * config.num_epochs + text, config.objective.kl != "none"
+    seen = tree(draws.prompt, config.group_size, new, scored=config.group_size * new)
+    seen *= (config.num_iterations if updates else 0) * config.rollout_batch_size / config.group_size
+    text = tree(config.ptx_window, summed=config.ptx_window) * (config.ptx_batch_size * updates if config.ptx_coef else 0)
+    learnt = seen * config.num_epochs + text
     terms = 2 if config.ptx_coef else 1
-    roles = [Role(name="policy", model=config.policy, ema=config.ema_decay > 0, terms=terms, trained=learnt, read=rollouts)]
-    if has_reference:
-        roles.append(Role(name="reference", model=config.policy, is_trained=False, shares_base=True, read=rollouts))
+    roles = [Role(name="policy", model=config.policy, ema=config.ema_decay > 0, terms=terms, trained=learnt, read=seen)]
+    if config.objective.kl != "none":
+        roles.append(Role(name="reference", model=config.policy, is_trained=False, shares_base=True, read=seen))
     if config.reward_model.path:
-        judged = replace(rollouts, scored=0)
+        judged = replace(seen, scored=0)
         roles.append(Role(name="reward_model", model=config.reward_model, is_trained=False, is_scalar=True, read=judged))
-    work = Work(
+    return Work(
         roles=tuple(roles),
         row=config.max_tokens_per_micro_batch,
         longest=max(config.max_prompt_length + new, config.ptx_window if config.ptx_coef else 0),
-        update=learnt.count / updates,
-        sampled=Sampled(
-            config=config.sampling,
-            responses=config.rollout_batch_size,
-            rollouts=config.num_iterations,
-            prompt=prompt,
-            longest_prompt=config.max_prompt_length,
-        ),
+        update=learnt.count / max(1, updates),
+        sampled=draws,
         copies_checkpoints=config.checkpoint.background,
     )
-    counts = {"prompts": size["rows"], "optimizer steps": updates, "tokens at most": round(learnt.count + len(roles) * rollouts.count)}
-    return (counts if is_known else size) | forecast(work)
 
 
 def smoke(config: GRPOConfig) -> GRPOConfig:

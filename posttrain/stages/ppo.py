@@ -38,6 +38,7 @@ from posttrain.rollout.settings import mixing_problems, require_same_tokens, rol
 if TYPE_CHECKING:
     from posttrain.data.chat import Chat
     from posttrain.engine.model import FrozenModel, TrainedModel
+    from posttrain.forecast import Work
     from posttrain.models.model import PackedModel
     from posttrain.run import Run
 
@@ -391,18 +392,30 @@ def check(config: PPOConfig) -> list[str]:
 
 def plan(config: PPOConfig) -> dict[str, Any]:
     """Prompts, an upper bound on tokens, steps, memory and time."""
-    from posttrain.costs import tree
     from posttrain.estimates import rows_and_tokens
-    from posttrain.forecast import Role, Sampled, Work, forecast
+    from posttrain.forecast import forecast
 
     size = rows_and_tokens(config.prompts, "prompt", config.policy.path)
-    is_known = "tokens" in size
-    prompt, new = size["tokens"] / size["rows"] if is_known else config.max_prompt_length, config.sampling.max_new_tokens
-    updates = config.num_iterations * config.updates_per_iteration
-    rollouts = tree(prompt, 1, new, scored=new) * (config.num_iterations * config.rollout_batch_size if is_known else 0)
-    judged = replace(rollouts, scored=0)
-    text = tree(config.ptx_window, summed=config.ptx_window) * (config.ptx_batch_size * updates if config.ptx_coef and is_known else 0)
-    learnt, terms = rollouts * config.num_epochs + text, 2 if config.ptx_coef else 1
+    work = workload(config, size)
+    if "tokens" in size:
+        tokens = sum(role.trained.count + role.read.count for role in work.roles)
+        size = {"prompts": size["rows"], "optimizer steps": config.num_iterations * config.updates_per_iteration}
+        size["tokens at most"] = round(tokens)
+    return size | forecast(work)
+
+
+def workload(config: PPOConfig, size: Mapping[str, Any]) -> Work:
+    """What passes through the four models, of prompts as `plan` counts them; every response is as long as it may be."""
+    from posttrain.costs import tree
+    from posttrain.forecast import Role, Work, sampled
+
+    draws, new = sampled(config, size), config.sampling.max_new_tokens
+    updates = config.num_iterations * config.updates_per_iteration if "tokens" in size else 0
+    seen = tree(draws.prompt, 1, new, scored=new) * (config.num_iterations * config.rollout_batch_size if updates else 0)
+    judged = replace(seen, scored=0)
+    text = tree(config.ptx_window, summed=config.ptx_window) * (config.ptx_batch_size * updates if config.ptx_coef else 0)
+    learnt = seen * config.num_epochs + text
+    terms = 2 if config.ptx_coef else 1
     judge = Role(
         name="reward_model",
         model=config.reward_model,
@@ -411,29 +424,19 @@ def plan(config: PPOConfig) -> dict[str, Any]:
         shares_base=config.policy.adapter.rank > 0,
         read=judged,
     )
-    roles = (
-        Role(name="policy", model=config.policy, ema=config.ema_decay > 0, terms=terms, trained=learnt, read=rollouts),
-        Role(name="reference", model=config.policy, is_trained=False, shares_base=True, read=rollouts),
-        replace(judge, name="critic", is_trained=True, trained=judged * config.num_epochs),
-        judge,
-    )
-    work = Work(
-        roles=roles,
+    return Work(
+        roles=(
+            Role(name="policy", model=config.policy, ema=config.ema_decay > 0, terms=terms, trained=learnt, read=seen),
+            Role(name="reference", model=config.policy, is_trained=False, shares_base=True, read=seen),
+            replace(judge, name="critic", is_trained=True, trained=judged * config.num_epochs),
+            judge,
+        ),
         row=config.max_tokens_per_micro_batch,
         longest=max(config.max_prompt_length + new, config.ptx_window if config.ptx_coef else 0),
-        update=learnt.count / updates,
-        sampled=Sampled(
-            config=config.sampling,
-            responses=config.rollout_batch_size,
-            rollouts=config.num_iterations,
-            prompt=prompt,
-            longest_prompt=config.max_prompt_length,
-        ),
+        update=learnt.count / max(1, updates),
+        sampled=draws,
         copies_checkpoints=config.checkpoint.background,
     )
-    passed = learnt.count + config.num_epochs * rollouts.count + len(roles) * rollouts.count
-    counts = {"prompts": size["rows"], "optimizer steps": updates, "tokens at most": round(passed)}
-    return (counts if is_known else size) | forecast(work)
 
 
 def smoke(config: PPOConfig) -> PPOConfig:

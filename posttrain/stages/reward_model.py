@@ -15,7 +15,7 @@ What differs from the paper: a margin and a centring term are there, both off; t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from posttrain.preferences import longest_row
 
 if TYPE_CHECKING:
     from posttrain.data.chat import Chat
+    from posttrain.forecast import Work
     from posttrain.models.loading import Calibration
     from posttrain.run import Run
 
@@ -243,20 +244,26 @@ def check(config: RewardModelConfig) -> list[str]:
 def plan(config: RewardModelConfig) -> dict[str, Any]:
     """Rows, tokens, steps, memory and time."""
     from posttrain.estimates import rows_and_tokens
-    from posttrain.forecast import Role, Work, forecast, trees_of
+    from posttrain.forecast import forecast
 
     size = rows_and_tokens(config.data, "comparison", config.model.path)
-    seen = trees_of(size, config.epochs)
-    if seen.count:
+    if "tokens" in size:
         size["optimizer steps"] = max(1, round(config.epochs * size["rows"] / config.batch_size))
-    work = Work(
+    return size | forecast(workload(config, size))
+
+
+def workload(config: RewardModelConfig, size: Mapping[str, Any]) -> Work:
+    """What passes through the model, of rows as `plan` counts them."""
+    from posttrain.forecast import Role, Work, trees_of
+
+    seen = trees_of(size, config.epochs)
+    return Work(
         roles=(Role(name="reward_model", model=config.model, is_scalar=True, trained=seen),),
         row=config.max_tokens_per_micro_batch,
         longest=config.max_length,
         update=seen.count / size.get("optimizer steps", 1),
         copies_checkpoints=config.checkpoint.background,
     )
-    return size | forecast(work)
 
 
 def preview(config: RewardModelConfig) -> str:

@@ -16,7 +16,7 @@ Text rows may be mixed in, `ptx_coef` times their mean loss in the same step, so
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from posttrain.rollout.selection import SCORE, SelectionConfig
 
 if TYPE_CHECKING:
     from posttrain.data.chat import Chat
+    from posttrain.forecast import Work
     from posttrain.packing import Tree
     from posttrain.run import Run
 
@@ -328,28 +329,34 @@ def check(config: SFTConfig) -> list[str]:
 
 def plan(config: SFTConfig) -> dict[str, Any]:
     """Rows, tokens, steps, memory and time."""
-    from posttrain.costs import tree
     from posttrain.estimates import rows_and_tokens
-    from posttrain.forecast import Role, Work, forecast, trees_of
+    from posttrain.forecast import forecast
 
     size = rows_and_tokens(config.data, config.row_type, config.model.path)
-    window = config.max_length if config.row_type == "text" else 0
-    seen, mixed_in = trees_of(size, config.epochs, window=window, head="summed"), config.ptx_batch_size if config.ptx_coef else 0
-    if seen.count:
-        rows = size["tokens"] / window if window else size["rows"]
+    if "tokens" in size:
+        rows = size["tokens"] / config.max_length if config.row_type == "text" else size["rows"]
         size["optimizer steps"] = max(1, round(config.epochs * rows / config.batch_size))
-        seen += tree(config.ptx_window, summed=config.ptx_window) * (mixed_in * size["optimizer steps"])
     asked = rows_and_tokens(config.selection.prompts, "prompt", config.model.path) if config.selection.is_on else {}
     if "tokens" in asked:
         size["responses at each evaluation"] = asked["rows"] * config.selection.samples_per_prompt
-    work = Work(
+    return size | forecast(workload(config, size))
+
+
+def workload(config: SFTConfig, size: Mapping[str, Any]) -> Work:
+    """What passes through the model, of rows as `plan` counts them."""
+    from posttrain.costs import tree
+    from posttrain.forecast import Role, Work, trees_of
+
+    steps, mixed_in = size.get("optimizer steps", 0), config.ptx_batch_size if config.ptx_coef else 0
+    seen = trees_of(size, config.epochs, window=config.max_length if config.row_type == "text" else 0, head="summed")
+    seen += tree(config.ptx_window, summed=config.ptx_window) * (mixed_in * steps)
+    return Work(
         roles=(Role(name="policy", model=config.model, terms=1 + bool(mixed_in), trained=seen),),
         row=config.max_tokens_per_micro_batch,
         longest=max(config.max_length, config.ptx_window if mixed_in else 0),
-        update=seen.count / size.get("optimizer steps", 1),
+        update=seen.count / max(1, steps),
         copies_checkpoints=config.checkpoint.background,
     )
-    return size | forecast(work)
 
 
 def preview(config: SFTConfig) -> str:
