@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ STANDS_STILL = "STANDS_STILL"  # environment variable: "ppo 3 rank 1" stands sti
 
 
 class Host:
-    """One of two hosts. `address` is its own; the log of what it runs is `log`."""
+    """One of two hosts, which runs one command at a time and keeps what that prints in a log in `folder`."""
 
     def __init__(self, number: int, folder: Path) -> None:
         self.number = number
@@ -37,7 +37,6 @@ class Host:
         self.address = f"10.77.0.{number + 1}"
         self.folder = folder
         self.process: subprocess.Popen[bytes] | None = None
-        self.log = ""
 
     def start(self, command: list[str], environment: dict[str, str], mount: str = "") -> None:
         """Start a command; over the folder `mount` the host has a disk of its own."""
@@ -52,6 +51,9 @@ class Host:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+
+    def has_ended(self) -> bool:
+        return self.process is not None and self.process.poll() is not None
 
     def wait(self, seconds: float) -> int:
         """The exit code; fails when it isn't there in time, or when processes are left."""
@@ -72,7 +74,8 @@ class Host:
     def kill(self) -> None:
         """End all that it runs at once, as a power cut does."""
         for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # gone by itself in between
+                os.kill(pid, signal.SIGKILL)
 
     def plug_in(self, isin: bool) -> None:
         ip("-n", self.namespace, "link", "set", self.plug, "up" if isin else "down")

@@ -73,7 +73,7 @@ def finish(hosts: tuple[Host, Host], seconds: float) -> Launch:
 def wait_until_still(hosts: tuple[Host, Host], told: Path) -> None:
     deadline = time.monotonic() + 120
     while not told.exists():
-        ended = [host.name for host in hosts if not host.processes()]
+        ended = [host.name for host in hosts if host.has_ended()]
         assert not ended and time.monotonic() < deadline, "\n".join([f"{ended} ended too early", *(host.read() for host in hosts)])
         time.sleep(0.1)
     told.unlink()
@@ -122,7 +122,8 @@ def tell(hosts: tuple[Host, Host], folder: Path) -> Story:
         story.launches["last"] = finish(hosts, 120)
         assert one.wait(120) == 0
     finally:
-        one.kill()
+        one.terminate()  # its launcher ends its two ranks
+        one.wait(60)
     return story
 
 
