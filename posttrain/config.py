@@ -25,6 +25,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "SamplingConfig",
+    "VLLMConfig",
     "did_you_mean",
     "from_json",
     "gather_problems",
@@ -355,6 +356,54 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VLLMConfig:
+    """Responses from vLLM instead of the training process. It rounds otherwise than the trainer, which `importance_cap` corrects."""
+
+    mode: str = ""
+    """server asks a running `vllm serve`, colocate runs vLLM in this process (CUDA), "" is the local sampler."""
+    importance_cap: float = 2.0
+    """Each token is weighed by pi_trainer / pi_sampler, at most this (truncated importance sampling); 0 is off."""
+    url: str = runtime("http://127.0.0.1:8000")
+    """Where the server answers."""
+    connection_timeout: float = runtime(0.0)
+    """Seconds to wait until it does, for one that is still starting."""
+    concurrency: int = runtime(64)
+    """Prompts that each rank asks about at a time."""
+    transfer: str = runtime("folder")
+    """How weights reach the server: folder (files that both see) or nccl (from GPU to GPU)."""
+    folder: str = runtime("")
+    """Where these files are put for a moment: a shared file system, /dev/shm on one machine; "" is the place for temporary files."""
+    group_port: int = runtime(51216)
+    """Of the NCCL group that trainer and server form."""
+    tensor_parallel_size: int = runtime(1)
+    """GPUs over which a colocated model is split; it divides the number of ranks."""
+    gpu_memory_utilization: float = runtime(0.3)
+    """Share of each GPU's memory that a colocated vLLM takes, weights and cache."""
+    max_model_len: int = runtime(0)
+    """Longest prompt and response of a colocated vLLM, in tokens; 0 is the model's own."""
+
+    def problems(self) -> list[str]:
+        return when(
+            (self.mode not in ("", "server", "colocate"), f"mode={self.mode!r} must be '' (no vLLM), server or colocate"),
+            (self.importance_cap < 0, f"importance_cap={self.importance_cap} must not be negative; 2 is usual, 0 is off"),
+            (
+                not self.url.startswith(("http://", "https://")),
+                f"url={self.url!r} must begin with http:// or https://; 'http://127.0.0.1:8000' works",
+            ),
+            (self.connection_timeout < 0, f"connection_timeout={self.connection_timeout} must not be negative; 240 works"),
+            (self.concurrency < 1, f"concurrency={self.concurrency} must be at least 1; 64 works"),
+            (self.transfer not in ("folder", "nccl"), f"transfer={self.transfer!r} must be folder or nccl"),
+            (not 0 < self.group_port < 65536, f"group_port={self.group_port} must lie in [1, 65535]; 51216 works"),
+            (self.tensor_parallel_size < 1, f"tensor_parallel_size={self.tensor_parallel_size} must be at least 1"),
+            (
+                not 0 < self.gpu_memory_utilization <= 1,
+                f"gpu_memory_utilization={self.gpu_memory_utilization} must lie in (0, 1]; 0.3 leaves room for training",
+            ),
+            (self.max_model_len < 0, f"max_model_len={self.max_model_len} must not be negative; 0 is the model's own"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How responses are sampled. No top-k and no top-p: the trainer must describe the same distribution."""
 
@@ -368,6 +417,13 @@ class SamplingConfig:
     """Put before every prompt; "" adds none."""
     max_cached_tokens: int = runtime(65536)
     """Budget of the key-value cache per device, in tokens; sets how many responses are sampled side by side."""
+    vllm: VLLMConfig = VLLMConfig()
+    """Whether vLLM samples, and where."""
+
+    @property
+    def importance_cap(self) -> float:
+        """Largest weight of a token whose sampler rounds otherwise than the trainer; 0 where both are one."""
+        return self.vllm.importance_cap if self.vllm.mode else 0.0
 
     def problems(self) -> list[str]:
         return when(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from posttrain.ops import kl_k1, kl_k3
+
 if TYPE_CHECKING:
     from posttrain.config import SamplingConfig
     from posttrain.data.chat import Chat
@@ -41,12 +43,14 @@ def sample_responses(
     first_prompt: int = 0,
     on_response: Callable[[int, list[int]], None] | None = None,
 ) -> Rollout:
-    """Responses to the prompts of an iteration. Ends the run in good order when it is asked to stop while sampling.
+    """Responses to the prompts of an iteration, by the local sampler or by vLLM. Ends the run in good order when it is asked to stop
+    while sampling.
 
     `first_prompt` is how many prompts of this iteration were sampled before: no two share their random numbers.
     """
-    from posttrain.rollout.local import SamplingInterrupted, sample
+    from posttrain.rollout import local, vllm
 
+    sample: Callable[..., Rollout] = vllm.sample if sampling.vllm.mode else local.sample
     try:
         rollout = sample(
             policy,
@@ -63,7 +67,7 @@ def sample_responses(
             interrupted=run.stop_requested,
             on_response=on_response,
         )
-    except SamplingInterrupted:
+    except local.SamplingInterrupted:
         run.heed_stop()
         raise
     run.heed_stop()
@@ -88,3 +92,22 @@ def annotate(
         ref_logprobs=torch.cat(ref) if ref else torch.zeros(0),
         entropy=torch.cat(old["entropy"]),
     )
+
+
+def importance_weights(experience: Experience, cap: float) -> tuple[Tensor, dict[str, float]]:
+    """What each token (T,) weighs, min(pi_trainer / pi_sampler, cap), or 1 where `cap` is 0; and how far the sampler was off.
+
+    Truncated importance sampling (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"): what
+    the sampler's kernels round otherwise is weighed away. The KLs are of the sampler from the trainer, in nats per token.
+    """
+    sampled = torch.cat(experience.rollout.logprobs)
+    ratio = (experience.logprobs - sampled).exp()
+    off_policy = {"sampler_ratio": float(ratio.mean()), "sampler_ratio_max": float(ratio.max())}
+    if not cap:
+        return torch.ones_like(ratio), off_policy
+    return ratio.clamp(max=cap), off_policy | {
+        "sampler_ratio_capped": float((ratio > cap).float().mean()),
+        "sampler_gap": float((sampled - experience.logprobs).abs().mean()),
+        "sampler_kl": float(kl_k1(sampled, experience.logprobs).mean()),
+        "sampler_kl_k3": float(kl_k3(sampled, experience.logprobs).mean()),
+    }

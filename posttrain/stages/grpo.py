@@ -32,7 +32,7 @@ overlong penalty is added after groups were judged informative or not; CISPO's u
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,7 +81,7 @@ class ObjectiveConfig:
     """Its weight (DeepSeekMath: 0.04; R1: 0.001)."""
     importance_cap: float = 0.0
     """Each token is weighed by pi_trainer / pi_sampler, at most this (truncated importance sampling; 2 is usual), for samplers that
-    round otherwise than the trainer; 0 is off."""
+    round otherwise than the trainer; 0 leaves it to `sampling.vllm.importance_cap`, and is off without vLLM."""
 
     def problems(self) -> list[str]:
         return when(
@@ -323,7 +323,7 @@ def train(config: GRPOConfig, run: Run) -> Path:
     prompt_order = Sampler(len(prompts), config.prompts_per_iteration, run.seed)
     mixed_order = Sampler(max(1, len(mixed_in)), config.ptx_batch_size, run.seed + 1)
     run.resume({"policy": policy}, prompts=prompt_order, mixed_in=mixed_order)
-    first_step = FirstStep(policy, temperature)
+    first_step = FirstStep(policy, config.sampling)
     check_fits(policy.module, max(map(len, prompts)) + config.sampling.max_new_tokens, "prompts with their responses")
 
     with Rewards(config.rewards) if config.rewards.functions else nullcontext() as pool:
@@ -397,14 +397,10 @@ def weigh_tokens(config: GRPOConfig, judged: Judged, experience: Experience) -> 
     weights, counts = NORMALISATIONS[goal.normalisation](lengths.double(), config.sampling.max_new_tokens)
     counted = scores.isfinite() & (experience.finished | (not config.mask_truncated))
 
-    ratio = (experience.logprobs - torch.cat(judged.rollout.logprobs)).exp()  # trainer to sampler
-    off_policy = {"sampler_ratio": float(ratio.mean()), "sampler_ratio_max": float(ratio.max())}
-    if goal.importance_cap:
-        advantages = advantages * ratio.clamp(max=goal.importance_cap)
-        off_policy["sampler_ratio_capped"] = float((ratio > goal.importance_cap).float().mean())
+    importance, off_policy = importance_weights(experience, goal.importance_cap or config.sampling.importance_cap)
     fields = {
         "old_logprobs": experience.logprobs,
-        "advantages": advantages.float(),
+        "advantages": (advantages * importance).float(),
         "weights": weights.repeat_interleave(lengths).float(),
         # without a reference nothing reads it
         "ref_logprobs": experience.ref_logprobs if len(experience.ref_logprobs) else experience.logprobs,

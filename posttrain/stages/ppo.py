@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -236,7 +236,7 @@ def train(config: PPOConfig, run: Run) -> Path:
     from posttrain.inputs import check_fits, load_prompts, load_texts
     from posttrain.models.loading import CALIBRATION_FILE, Calibration
     from posttrain.rollout.diagnostics import rollout_summary, sample_rows, update_summary
-    from posttrain.rollout.experience import annotate, sample_responses
+    from posttrain.rollout.experience import annotate, importance_weights, sample_responses
     from posttrain.rollout.start_checks import FirstStep
     from posttrain.rollout.trees import minibatches, response_trees
 
@@ -252,7 +252,7 @@ def train(config: PPOConfig, run: Run) -> Path:
     updates_per_epoch = config.rollout_batch_size // config.minibatch_size
     kl_control, scale = KLController(config.kl_coef, config.kl_target), RunningScale()
     run.resume({"policy": policy, "critic": critic}, prompts=prompt_order, texts=text_order, kl=kl_control, scale=scale)
-    first_step = FirstStep(policy, temperature)
+    first_step = FirstStep(policy, config.sampling)
     check_fits(policy.module, max(map(len, prompts)) + config.sampling.max_new_tokens, "prompts with their responses")
 
     for iteration in run.iterations(config.num_iterations):
@@ -270,10 +270,11 @@ def train(config: PPOConfig, run: Run) -> Path:
 
         # 3. advantages; the returns keep their scale
         advantages, returns = gae(rewards, old_values, experience.lengths, config.gamma, config.lam)
+        importance, off_policy = importance_weights(experience, config.sampling.importance_cap)  # 1 where the trainer's model sampled
         fields = {
             "old_logprobs": experience.logprobs,
             "old_values": old_values,
-            "advantages": whiten(advantages) if config.whiten_advantages else advantages,
+            "advantages": (whiten(advantages) if config.whiten_advantages else advantages) * importance,
             "returns": returns,
         }
 
@@ -307,7 +308,7 @@ def train(config: PPOConfig, run: Run) -> Path:
             run.heed_stop(seconds_left=(time.monotonic() - began) / done * (config.updates_per_iteration - done))
 
         # 5. what happened
-        metrics = rollout_summary(experience) | update_summary(log, tally, config.ptx_coef, run)
+        metrics = rollout_summary(experience) | update_summary(log, tally, config.ptx_coef, run) | off_policy
         metrics |= {"score": float(judged.mean()), "shaped_score": float(scores.mean()), "kl_coef": kl_control.coef}
         metrics["reward"] = float(sum_by_length(rewards, experience.lengths).mean())
         metrics["value_explained_variance"] = explained_variance(old_values, returns)

@@ -360,7 +360,7 @@ def first_step(config: PPOConfig, folder: Path, *, dropout: float = 0.0, tempera
         old = torch.cat(infer(engine, policy, response_trees(rollout), ("logprobs",), 500)["logprobs"])
         set_dropout(module, dropout)
         batch = engine.pack(response_trees(rollout, fields={"old_logprobs": old}), 500)
-        check = FirstStep(policy, temperature)
+        check = FirstStep(policy, SamplingConfig(temperature=temperature))
         check.before(batch)
         with engine.update(policy) as update:
             for micro in batch.micro_batches():
