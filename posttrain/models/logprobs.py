@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -68,11 +69,13 @@ class _ChunkedLogprobs(torch.autograd.Function):
         parts = chunks(hidden, len(weight))
         for part in parts:
             logits = head.logits(hidden[part]).div_(temperature)  # (c, V) fp32
-            normalizer[part] = logits.logsumexp(-1)
+            top = logits.amax(-1, keepdim=True)
+            exponentials = torch.sub(logits, top, out=head.scratch(logits)).exp_()
+            sums = exponentials.sum(-1)
+            normalizer[part] = sums.log() + top.squeeze(-1)
             logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1) - normalizer[part]
             if entropies is not None:
-                probabilities = (logits - normalizer[part, None]).exp_()
-                entropies[part] = normalizer[part] - probabilities.mul_(logits).sum(-1)
+                entropies[part] = normalizer[part] - exponentials.mul_(logits).sum(-1) / sums
         # The parameters themselves are kept, not saved tensors: a sharded backend empties their storage after the forward
         # and fills it again before the backward, and a saved view would still look at the emptied one.
         ctx.weight, ctx.bias = weight, bias
@@ -147,27 +150,35 @@ def chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
     budget = CHUNK_BYTES["cuda" if hidden.is_cuda else "cpu"]
     count, size = len(hidden), max(1, budget // (4 * vocabulary))
     number = -(-count // size)
-    return [slice(count * i // number, count * (i + 1) // number) for i in range(number)]
+    cuts = [-(-count * i // number) for i in range(number + 1)]  # rounded up: the first chunk is a longest one
+    return [slice(start, end) for start, end in pairwise(cuts)]
 
 
 class _Head:
     """`matrix (V, d)` in the dtype to compute in, the bias and the transform, applied to chunks of tokens.
 
-    All chunks share one buffer: a fresh (c, V) for each would cost as much in page faults as a fifth of the product.
+    All chunks share their buffers: a fresh (c, V) for each would cost as much in page faults as a fifth of the product.
     """
 
     def __init__(self, matrix: Tensor, bias: Tensor | None, transform: LogitTransform) -> None:
         self.matrix, self.bias, self.transform = matrix, bias, transform
-        self.buffer = matrix.new_empty(0)
+        self.buffers: dict[str, Tensor] = {}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(c, V) in fp32, after the family's transform; the next chunk's may overwrite them."""
-        if len(self.buffer) < len(hidden):
-            self.buffer = self.matrix.new_empty(len(hidden) + 1, len(self.matrix))
-        logits = torch.mm(hidden.to(self.matrix.dtype), self.matrix.T, out=self.buffer[: len(hidden)])
+        logits = torch.mm(hidden.to(self.matrix.dtype), self.matrix.T, out=self._buffer("logits", len(hidden), self.matrix.dtype))
         if self.bias is not None:
             logits += self.bias.detach().to(self.matrix.dtype)
         return self.transform.apply_(logits.float())
+
+    def scratch(self, logits: Tensor) -> Tensor:
+        """Another tensor like the chunk's logits (c, V), which the next chunk may overwrite too."""
+        return self._buffer("scratch", len(logits), logits.dtype)
+
+    def _buffer(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
+        if name not in self.buffers or len(self.buffers[name]) < rows:
+            self.buffers[name] = self.matrix.new_empty(rows, len(self.matrix), dtype=dtype)
+        return self.buffers[name][:rows]
 
 
 class _Gradients:
