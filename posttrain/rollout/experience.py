@@ -31,6 +31,13 @@ class Experience:
     entropy: Tensor  # (T,) of the distribution that each token was drawn from
 
 
+def sampler_of(sampling: SamplingConfig) -> Callable[..., Rollout]:
+    """`sample` of vLLM where it is asked for, else of the local sampler: the same prompts in, the same rollout out."""
+    from posttrain.rollout import local, vllm
+
+    return vllm.sample if sampling.vllm.mode else local.sample
+
+
 def sample_responses(
     run: Run,
     policy: FrozenModel,
@@ -48,11 +55,10 @@ def sample_responses(
 
     `first_prompt` is how many prompts of this iteration were sampled before: no two share their random numbers.
     """
-    from posttrain.rollout import local, vllm
+    from posttrain.rollout.local import SamplingInterrupted
 
-    sample: Callable[..., Rollout] = vllm.sample if sampling.vllm.mode else local.sample
     try:
-        rollout = sample(
+        rollout = sampler_of(sampling)(
             policy,
             prompts,
             sampling,
@@ -67,7 +73,7 @@ def sample_responses(
             interrupted=run.stop_requested,
             on_response=on_response,
         )
-    except local.SamplingInterrupted:
+    except SamplingInterrupted:
         run.heed_stop()
         raise
     run.heed_stop()

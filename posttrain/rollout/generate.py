@@ -112,9 +112,8 @@ def uses(config: GenerateConfig) -> list[ModelUse]:
 def check(config: GenerateConfig) -> list[str]:
     """Prompts that are too long, more of them than may be dropped; a vLLM that can't be asked."""
     from posttrain.estimates import prompt_problems
-    from posttrain.rollout.vllm import sampling_problems
 
-    return prompt_problems(config, config.model) + sampling_problems(config.sampling, config.max_prompt_length)
+    return prompt_problems(config, config.model)
 
 
 def plan(config: GenerateConfig) -> dict[str, Any]:

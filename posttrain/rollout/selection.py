@@ -138,7 +138,8 @@ class Examiner:
         The model has made its step already: when the run is asked to stop, sampling goes on if the rest fits the grace time;
         else the step is given up, as the score that its checkpoint needs is not there.
         """
-        from posttrain.rollout.local import SamplingInterrupted, sample
+        from posttrain.rollout.experience import sampler_of
+        from posttrain.rollout.local import SamplingInterrupted
 
         run, seconds_left = self.run, 0.0
 
@@ -148,7 +149,7 @@ class Examiner:
             run.note(f"responses to held-out prompts: {now}")
 
         try:
-            return sample(
+            return sampler_of(self.config.sampling)(
                 model,
                 self.prompts,
                 self.config.sampling,

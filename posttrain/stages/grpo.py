@@ -486,9 +486,8 @@ def uses(config: GRPOConfig) -> list[ModelUse]:
 def check(config: GRPOConfig) -> list[str]:
     """Prompts that are too long, more of them than may be dropped; a vLLM that can't be asked."""
     from posttrain.estimates import prompt_problems
-    from posttrain.rollout.vllm import sampling_problems
 
-    return prompt_problems(config, config.policy) + sampling_problems(config.sampling, config.max_prompt_length)
+    return prompt_problems(config, config.policy)
 
 
 def plan(config: GRPOConfig) -> dict[str, Any]:
