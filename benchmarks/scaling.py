@@ -46,13 +46,16 @@ def comparison(prompt: int, response: int, count: int, seed: int) -> dict[str, A
 
 
 def sweeps(quick: bool) -> dict[str, list[dict[str, Any]]]:
-    """Points of each sweep: a stage, its rows, and the shape of its model."""
+    """Points of each sweep: a stage, its rows, and the shape of its model. Sweeps share their first point."""
     base, layers, vocabulary = (4, 2, 8192) if quick else (8, 4, 49152)
     grow = (1, 4) if quick else (1, 2, 4, 8)
     short = [demonstration(128, seed) for seed in range(base)]
 
     def sft(rows: list[dict[str, Any]], **shape: Any) -> dict[str, Any]:
         return {"stage": "sft", "data": rows, "layers": layers, "vocab_size": vocabulary, **shape}
+
+    def many(count: int, **shape: Any) -> dict[str, Any]:
+        return sft([demonstration(128, seed) for seed in range(base * count)], **shape)
 
     def compared(responses: int) -> dict[str, Any]:
         return {**sft([comparison(128, 64, responses, seed) for seed in range(base)]), "stage": "reward_model"}
@@ -62,16 +65,14 @@ def sweeps(quick: bool) -> dict[str, list[dict[str, Any]]]:
         return {**sft(asked), "stage": "grpo", "group": group, "new_tokens": 16 if quick else 64}
 
     return {
-        "rows": [sft([demonstration(128, seed) for seed in range(base * k)]) for k in grow],
-        "rows, 4 x the vocabulary": [
-            sft([demonstration(128, seed) for seed in range(base * k)], vocab_size=4 * vocabulary) for k in (grow[0], grow[-1])
-        ],
+        "rows": [many(k) for k in grow],
+        "rows, 4 x the vocabulary": [many(k, vocab_size=4 * vocabulary) for k in (grow[0], grow[-1])],
         "length of all rows": [sft([demonstration(128 * k, seed) for seed in range(base)]) for k in grow],
-        "one long row among short ones": [sft([*short, demonstration(128 * k, 99)]) for k in (1, 4 * grow[-1])],
+        "one long row beside short ones": [sft(short), sft([*short, demonstration(128 * 2 * grow[-1], 99)])],
         "responses per prompt (K)": [compared(k) for k in ((2, 8) if quick else (2, 4, 8))],
         "samples per prompt (G)": [sampled(k) for k in ((4, 16) if quick else (4, 8, 16))],
         "layers": [sft(short, layers=layers * k) for k in grow[:3]],
-        "vocabulary": [sft(short, vocab_size=vocabulary * k) for k in grow[:3]],
+        "vocabulary": [sft(short, vocab_size=vocabulary * k) for k in (grow[0], 4)],
     }
 
 
@@ -115,7 +116,6 @@ def per_token(points: list[dict[str, Any]], of: str) -> float:
 def zero_points(model: Path, rows: str, work: Path, sizes: tuple[int, ...], levels: tuple[int, ...]) -> list[dict[str, Any]]:
     """Every level on every number of processes, through the launcher and its files."""
     found = []
-    shape = model_shape(model)
     for level in levels:
         file = HERE.parent / "accelerate_configs" / (f"cpu_zero{level}.yaml" if level else "cpu_ddp.yaml")
         for ranks in sizes:
@@ -129,15 +129,15 @@ def zero_points(model: Path, rows: str, work: Path, sizes: tuple[int, ...], leve
             if not out.exists():
                 raise SystemExit(f"ZeRO-{level} on {ranks} processes ended without a result:\n{done.stderr[-2000:]}")
             said = json.loads(out.read_text())
-            found.append({"zero": level, "ranks": ranks, **said, **zero_formulas(said["parameters"], level, ranks, shape.table)})
+            found.append({"zero": level, "ranks": ranks, **said, **zero_formulas(said["parameters"], level, ranks)})
             print(f"ZeRO-{level}, {ranks} processes: {said['held_bytes'] / GIB:.2f} GiB a rank", flush=True)
     return found
 
 
-def zero_formulas(parameters: int, level: int, ranks: int, largest: int) -> dict[str, float]:
+def zero_formulas(parameters: int, level: int, ranks: int) -> dict[str, float]:
     """Bytes per rank in fp32: the paper's 4 for weights, 4 for gradients and 8 for Adam's moments, and what the engine holds
     where it is counted, when the last backward is done."""
-    parts = costs.trained_memory(parameters, costs.FP32, costs.Sharding(level=level, ranks=ranks), largest=largest)
+    parts = costs.trained_memory(parameters, costs.FP32, costs.Sharding(level=level, ranks=ranks))
     gone = ("weights made whole", *(("reduce bucket",) if level in (0, 2) else ()))
     paper = costs.per_rank(4.0 * parameters, 4.0 * parameters, 8.0 * parameters, level, ranks)
     return {"paper_bytes": paper, "formula_bytes": sum(size for name, size in parts.items() if name not in gone)}
@@ -248,14 +248,18 @@ def main() -> None:
     if args.rank_of:
         model, rows, out = args.rank_of
         return one_rank(model, rows, Path(out))
-    results: dict[str, Any] = {"sweeps": {}, "threads": args.threads}
+    results: dict[str, Any] = {"sweeps": {}, "threads": args.threads, "quick": args.quick}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
+        known: dict[str, dict[str, Any]] = {}
         for name, points in sweeps(args.quick).items():
-            results["sweeps"][name] = [measure(point, work, args.threads, 3 if args.quick else args.steps) for point in points]
+            for point in points:
+                key = json.dumps(point, sort_keys=True)
+                known[key] = known.get(key) or measure(point, work, args.threads, 2 if args.quick else args.steps)
+                results["sweeps"].setdefault(name, []).append(known[key])
         model = shapes.model_folder(work / "zero", 2 if args.quick else 6, [WORDS], **({"vocab_size": 8192} if args.quick else {}))
         rows = shapes.write(work / "zero.jsonl", [demonstration(64, seed) for seed in range(8)])
-        results["zero"] = zero_points(model, rows, work, (1, 2) if args.quick else (1, 2, 4), (0, 1, 2, 3))
+        results["zero"] = zero_points(model, rows, work, (2,) if args.quick else (1, 2, 4), (0, 1, 2, 3))
     print(table(results))
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")

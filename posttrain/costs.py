@@ -16,7 +16,7 @@ NF4 = 0.5 + 0.127 / 8  # bytes a weight in 4 bits with double quantisation (QLoR
 REDUCE_BUCKET = 500_000_000  # gradients, which DeepSpeed sends at a time
 DDP_BUCKET = 25_000_000  # gradients, without DeepSpeed
 LIVE = 1_050_000_000  # weights of ZeRO-3 that stay whole at once: stage3_max_live_parameters and one prefetched bucket
-TERM_COPIES = 4  # of gradients, while the norms of several terms are taken: before, now, the change, the first term's
+TERM_COPIES = 2  # of gradients, where an update has several terms: the first one's, and where they stood then
 SAMPLED_LOGITS, PREFILL_TOKENS = 64 * 2**20, 8192  # what posttrain.rollout.local takes at a time
 UNGATED = ("gpt2", "gpt_neox", "gpt_neo", "gptj", "opt", "phi", "bloom", "starcoder2", "falcon")  # families whose MLP has two matrices
 
@@ -215,11 +215,12 @@ def cache_memory(shape: Shape, cached_tokens: float, weight_bytes: int) -> float
     return 2.0 * shape.layers * shape.keys * cached_tokens * weight_bytes
 
 
-def checkpoint_copy(parameters: float, weight_bytes: int, sharding: Sharding, *, ema: bool = False) -> float:
-    """Bytes on the host of the first process while a checkpoint is written in the background: its files before they are files."""
-    shared = sharding.ranks if sharding.level else 1
-    own = MOMENTS + FP32 * ema + (FP32 if sharding.level else 0)
-    return parameters * ((weight_bytes if sharding.level else FP32) + own / shared)
+def checkpoint_copy(parameters: float, weight_bytes: int, sharding: Sharding, *, ema: bool = False, beside: int = 1) -> float:
+    """Bytes on the host for each of `beside` processes of the first machine while a checkpoint is written in the background: the first
+    process has a copy of whole weights, and of the moments where there is no ZeRO; with it every process copies its shard."""
+    whole = weight_bytes if sharding.level else FP32 + MOMENTS + FP32 * ema
+    shard = (FP32 + MOMENTS + FP32 * ema) / sharding.ranks if sharding.level else 0
+    return parameters * (whole / beside + shard)
 
 
 def sampling_memory(shape: Shape, parameters: float, cached_tokens: float, weight_bytes: int, sharding: Sharding) -> float:

@@ -68,12 +68,13 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a stage runs: `memory` bytes of a process's device, `host` bytes of the machine for each process on it."""
+    """Where a stage runs: `memory` bytes of a process's device; `beside` processes share a machine, each `host` bytes of its memory."""
 
     sharding: Sharding
     device: str = "cpu"
     memory: float = 0.0
     host: float = 0.0
+    beside: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,10 +170,12 @@ def here() -> Place:
     launch, ranks = read_launch(), int(os.environ.get("WORLD_SIZE", "1"))
     away = dict(offload_optimizer=launch.offload_optimizer != "none", offload_weights=launch.offload_param != "none")
     sharding = Sharding(level=launch.zero_stage, ranks=ranks, **away)
-    share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / beside
     if torch.cuda.is_available():
-        return Place(sharding=sharding, device="cuda", memory=torch.cuda.get_device_properties(0).total_memory, host=share)
-    return Place(sharding=sharding, memory=share, host=share)
+        memory = torch.cuda.get_device_properties(0).total_memory
+        return Place(sharding=sharding, device="cuda", memory=memory, host=share, beside=beside)
+    return Place(sharding=sharding, memory=share, host=share, beside=beside)
 
 
 # --- memory
@@ -188,10 +191,10 @@ def memory(work: Work, models: Mapping[str, Model], place: Place) -> Held:
         model = models[role.name]
         passing = sum(parts[role.name].values()) - staying[role.name]
         if role.is_trained:
-            row = row_memory(role, model, work.row, place)
+            row = row_memory(role, model, fullest_row(work, place.sharding.ranks), place)
             peaks.append({**staying, "gradients and buffers": passing, **row})
     updating = max(peaks, key=lambda peak: sum(peak.values()))
-    copied = checkpoint_copies(work, models, place.sharding)
+    copied = checkpoint_copies(work, models, place)
     if place.device == "cpu":
         updating, host = {**updating, "offloaded": host, "copy for a checkpoint": copied}, 0.0
     sampling = sum(staying.values()) + sampling_memory(work, models, place) if work.sampled else 0.0
@@ -217,6 +220,17 @@ def role_memory(role: Role, model: Model, sharding: Sharding) -> dict[str, float
     whole = Sharding(ranks=sharding.ranks)  # adapters are never sharded
     above = costs.trained_memory(own, 4, whole, ema=role.ema, terms=role.terms) if role.is_trained else {"weights": 4.0 * own}
     return above if role.shares_base else {name: above.get(name, 0.0) + base.get(name, 0.0) for name in {**above, **base}}
+
+
+def micro_batches(work: Work, ranks: int) -> int:
+    """Packed rows of each process in one optimizer step; the fewest that hold it."""
+    return max(1, -(-round(work.update) // (work.row * ranks)))
+
+
+def fullest_row(work: Work, ranks: int) -> int:
+    """Tokens in a packed row: an equal part of a step, but at least the longest element, and the whole budget where a step isn't known."""
+    part = round(work.update / (micro_batches(work, ranks) * ranks))
+    return min(work.row, max(part, work.longest)) if work.update else work.row
 
 
 def row_memory(role: Role, model: Model, tokens: int, place: Place) -> dict[str, float]:
@@ -258,9 +272,11 @@ def own_setting(role: Role, model: Model, sharding: Sharding) -> tuple[int, int,
     return trained_parameters(role, model), 4 if whole else model.weight_bytes, replace(sharding, level=0) if whole else sharding
 
 
-def checkpoint_copies(work: Work, models: Mapping[str, Model], sharding: Sharding) -> float:
-    trained = [role for role in work.roles if role.is_trained and work.copies_checkpoints]
-    return sum(costs.checkpoint_copy(*own_setting(role, models[role.name], sharding), ema=role.ema) for role in trained)
+def checkpoint_copies(work: Work, models: Mapping[str, Model], place: Place) -> float:
+    """Bytes of the copy from which a checkpoint is written while training goes on."""
+    trained = [(role, own_setting(role, models[role.name], place.sharding)) for role in work.roles if role.is_trained]
+    copies = [costs.checkpoint_copy(*setting, ema=role.ema, beside=place.beside) for role, setting in trained]
+    return sum(copies) if work.copies_checkpoints else 0.0
 
 
 def on_disk(work: Work, models: Mapping[str, Model], sharding: Sharding) -> float:
@@ -271,15 +287,14 @@ def on_disk(work: Work, models: Mapping[str, Model], sharding: Sharding) -> floa
 
 def traffic(work: Work, models: Mapping[str, Model], sharding: Sharding) -> float:
     """Bytes that each process sends while every trained model makes one step."""
-    micro_batches = max(1, -(-round(work.update) // (work.row * sharding.ranks)))
-    total = 0.0
+    count, total = micro_batches(work, sharding.ranks), 0.0
     for role in work.roles:
         if role.is_trained:
             setting = own_setting(role, models[role.name], sharding)
             checkpointing = role.model.gradient_checkpointing
-            volumes = costs.communication(*setting, micro_batches=micro_batches, terms=role.terms, checkpointing=checkpointing)
+            volumes = costs.communication(*setting, micro_batches=count, terms=role.terms, checkpointing=checkpointing)
             if sharding.level == 3 and role.model.adapter.rank:
-                volumes["all_gather"] = 2.0 * models[role.name].parameters * models[role.name].weight_bytes * micro_batches
+                volumes["all_gather"] = 2.0 * models[role.name].parameters * models[role.name].weight_bytes * count
             total += costs.sent(volumes, sharding.ranks)
     return total
 
@@ -332,7 +347,9 @@ def remedies(work: Work, place: Place) -> Iterator[tuple[list[str], Work, Place]
 # --- time
 
 
-def seconds(work: Work, models: Mapping[str, Model], ranks: int, flops: float, reading: float) -> tuple[float, float]:
+def seconds(
+    work: Work, models: Mapping[str, Model], ranks: int, flops: float, reading: float, efficiency: float = EFFICIENCY
+) -> tuple[float, float]:
     """(sampling, everything else) on `ranks` devices that multiply `flops` and read `reading` bytes a second."""
     compute = 0.0
     for role in work.roles:
@@ -340,7 +357,7 @@ def seconds(work: Work, models: Mapping[str, Model], ranks: int, flops: float, r
         trained = costs.training_flops(shape, role.trained, checkpointing=role.model.gradient_checkpointing, frozen_base=frozen)
         compute += trained + costs.forward_flops(shape, role.read)
     drawing = sampling_seconds(work, models, ranks, flops * SAMPLING_EFFICIENCY, reading * SAMPLING_EFFICIENCY)
-    return drawing, compute / (flops * EFFICIENCY * ranks)
+    return drawing, compute / (flops * efficiency * ranks)
 
 
 def sampling_seconds(work: Work, models: Mapping[str, Model], ranks: int, flops: float, reading: float) -> float:

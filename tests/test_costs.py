@@ -91,10 +91,11 @@ def effective(backend: str, dtype: str) -> int:
     return costs.effective_level(LEVEL[backend], 4 if dtype == "float32" else 2)
 
 
-def test_a_second_term_adds_a_copy_of_the_gradients():
-    one, two = (alone(cost_jobs.update, terms=terms)["held"] for terms in (1, 2))
-    said = [sum(costs.trained_memory(PARAMETERS, 4, Sharding(), terms=terms).values()) for terms in (1, 2)]
-    assert two - one == pytest.approx(said[1] - said[0], rel=0.01)
+@pytest.mark.parametrize("backend", ["plain", "zero1", "zero2", "zero3"])
+def test_a_second_term_adds_copies_of_the_gradients(backend):
+    one, two = (counted(backend, terms=terms)[0]["held"] for terms in (1, 2))
+    said = [sum(costs.trained_memory(PARAMETERS, 4, sharding(backend), terms=terms).values()) for terms in (1, 2)]
+    assert two - one == pytest.approx(said[1] - said[0], abs=4.1 * shape(hidden=128).table)
 
 
 @pytest.mark.parametrize(
