@@ -71,13 +71,38 @@ def needed_flops(trees: Sequence[Any], layers: int, *, forwards_only: int = 0, s
     return (3 + forwards_only) * forward
 
 
-def share_of_peak(found: dict[str, float], flops: float, peak: float) -> dict[str, float]:
-    return {
-        "needed_flops": flops,
-        "seconds_per_step": found["seconds_per_step"],
-        "share_of_peak": flops / found["seconds_per_step"] / peak,
-        "counted_over_needed": found["flops_per_step"] / flops,
-    }
+def trained_rows(job: dict[str, Any], layers: int, work: Path, warmup: int, steps: int, threads: int) -> dict[str, float]:
+    """An update of a stage that trains on rows: a whole step."""
+    name = job["stage"]
+    side = Side("ours", f"side_ours:{name.removesuffix('_k4')}", job, threads)
+    alternate([side], warmup, steps)
+    trees = trees_of(job, work)
+    scored = 0 if name.startswith("reward_model") else sum(tree.num_trainable for tree in trees)
+    flops = needed_flops(trees, layers, forwards_only=int(name == "dpo"), scored=scored)
+    found = side.summary(warmup, job["tokens"])
+    return {"needed_flops": flops, "seconds": found["seconds_per_step"], "counted_over_needed": found["flops_per_step"] / flops}
+
+
+def trained_rollouts(job: dict[str, Any], layers: int, warmup: int, steps: int, threads: int) -> dict[str, float]:
+    """The updates of a stage that samples, without the sampling: of the policy, and in PPO of the critic too."""
+    from transformers import AutoTokenizer
+
+    from posttrain.packing import Tree, segment
+
+    side = Side("ours", f"side_ours:{job['stage']}", job, threads)
+    for _ in range(warmup + steps):
+        side.step()
+    side.end()
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    response = segment([0] * job["new_tokens"])
+    trees = []
+    for row in shapes.read(Path(job["rows"])):
+        asked = tokenizer.apply_chat_template([shapes.turn("user", row["prompt"])], add_generation_prompt=True, return_dict=False)
+        trees.append(Tree(segment(asked), (response,) * job.get("group", 1)))
+    flops = needed_flops(trees, layers, scored=job["new_tokens"] * sum(len(tree.children) for tree in trees))
+    if job["stage"] == "ppo":
+        flops += needed_flops(trees, layers)
+    return {"needed_flops": flops, "seconds": side.phase_seconds("update", warmup)}
 
 
 def sampling(model: Path, prompts: list[str], threads: int, new_tokens: int) -> dict[str, float]:
@@ -137,6 +162,12 @@ def taking_turns(calls: Sequence[Callable[[], None]], warmup: int, times: int) -
     return [statistics.median(values) for values in seconds]
 
 
+def ppo_job(data: Path, work: Path, quick: bool) -> dict[str, Any]:
+    """As many responses as GRPO's, each to a prompt of its own."""
+    rows = shapes.prompts(data, PROMPTS * GROUP)
+    return {"stage": "ppo", "rows": shapes.write(work / "ppo.jsonl", rows), "count": len(rows), "new_tokens": 32 if quick else NEW_TOKENS}
+
+
 def trees_of(job: dict[str, Any], work: Path) -> list[Any]:
     """The rows of a job as the stage reads them."""
     from posttrain.data.chat import Chat
@@ -149,16 +180,41 @@ def trees_of(job: dict[str, Any], work: Path) -> list[Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = ["| Stage | Share of the GEMM peak | Seconds per step | FLOPs counted over FLOPs needed |", "|---|---|---|---|"]
+    lines = ["| Update | Share of the GEMM peak | Seconds | FLOPs counted over FLOPs needed |", "|---|---|---|---|"]
     for name, found in results["stages"].items():
-        cells = [name, f"{found['share_of_peak']:.0%}", f"{found['seconds_per_step']:.2f}", f"{found['counted_over_needed']:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        counted = f"{found['counted_over_needed']:.2f}" if "counted_over_needed" in found else ""
+        lines.append(f"| {name} | {found['share_of_peak']:.0%} | {found['seconds']:.2f} | {counted} |")
     s = results["sampling"]
     lines.append(
         f"\nSampling, {PROMPTS} prompts x {GROUP}: {s['tokens_per_second']:.0f} tokens/s, {s['share_of_bound']:.0%} of the bound "
         f"({s['bound_tokens_per_second']:.0f}), {s['speed_vs_generate']:.2f} x transformers.generate"
     )
     return "\n".join(lines)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Each update's share of the GEMM peak, and the sampler beside generate and beside its bound."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), width_ratios=(3, 2), layout="constrained")
+    stages, sampled = results["stages"], results["sampling"]
+    bars = left.bar(
+        [name.replace("_", "\n") for name in stages], [100 * found["share_of_peak"] for found in stages.values()], color="#3b6fb6"
+    )
+    left.bar_label(bars, fmt="%.0f", fontsize=8)
+    left.set_ylim(0, 100)
+    left.set_title("update: % of the fp32 GEMM peak", fontsize=9)
+    kinds = {"generate": "generate_tokens_per_second", "posttrain": "tokens_per_second", "reading the weights": "bound_tokens_per_second"}
+    bars = right.bar(list(kinds), [sampled[kind] for kind in kinds.values()], color=["#d08a3e", "#3b6fb6", "#999999"])
+    right.bar_label(bars, fmt="%.0f", fontsize=8)
+    right.set_title("sampling: tokens/s", fontsize=9)
+    for axis in (left, right):
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -182,22 +238,22 @@ def main() -> None:
         work = Path(folder)
         texts = [row["question"] + row["answer"] for row in shapes.read(args.data / "train.jsonl")]
         model = shapes.model_folder(work / "model", layers, texts)
-        for name, job in jobs(args.data, work, rows, args.quick).items():
-            if name == "grpo":
-                continue
-            job |= {"model": str(model), "work": folder}
-            job["tokens"] = real_tokens(job)
-            side = Side("ours", f"side_ours:{name.removesuffix('_k4')}", job, args.threads)
-            alternate([side], 1 if args.quick else 2, steps)
-            trees = trees_of(job, work)
-            scored = 0 if name.startswith("reward_model") else sum(tree.num_trainable for tree in trees)
-            flops = needed_flops(trees, layers, forwards_only=int(name == "dpo"), scored=scored)
-            results["stages"][name] = share_of_peak(side.summary(1 if args.quick else 2, job["tokens"]), flops, peak)
+        scalar = shapes.scalar_folder(work / "scalar", model)
+        warmup = 1 if args.quick else 2
+        for name, job in (jobs(args.data, work, rows, args.quick) | {"ppo": ppo_job(args.data, work, args.quick)}).items():
+            job |= {"model": str(model), "scalar": str(scalar), "work": folder}
+            if "new_tokens" in job:
+                found = trained_rollouts(job, layers, warmup, steps, args.threads)
+            else:
+                job["tokens"] = real_tokens(job)
+                found = trained_rows(job, layers, work, warmup, steps, args.threads)
+            results["stages"][name] = {**found, "share_of_peak": found["needed_flops"] / found["seconds"] / peak}
         asked = [row["prompt"] for row in shapes.prompts(args.data, PROMPTS)]
         results["sampling"] = sampling(model, asked, args.threads, 32 if args.quick else NEW_TOKENS)
     print(table(results))
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
+        draw(results, args.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

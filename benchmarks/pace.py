@@ -37,8 +37,8 @@ class Pace:
         """Imports are over: what they hold is no fault of the trainer."""
         self.imports = resident("VmRSS")
 
-    def __call__(self, parameters: int = 0, loss: float | None = None, tokens: int = 0) -> None:
-        """One step has ended (none, at the first call); wait for leave to begin the next."""
+    def __call__(self, parameters: int = 0, loss: float | None = None, tokens: int = 0, phases: Mapping[str, float] | None = None) -> None:
+        """One step has ended (none, at the first call), its seconds by `phases` if it knows; wait for leave to begin the next."""
         seconds = time.perf_counter() - self.began
         self.parameters = parameters or self.parameters
         if self.counter is not None:
@@ -47,7 +47,7 @@ class Pace:
         elif self.began:
             peak = resident("VmHWM")
             held = {"peak": peak, "imports": self.imports, "parameters": self.parameters}
-            self.pipe.send({"seconds": seconds, "loss": loss, "tokens": tokens, **held})
+            self.pipe.send({"seconds": seconds, "loss": loss, "tokens": tokens, "phases": dict(phases or {}), **held})
         self.counter = None
         match self.pipe.recv():
             case "end":
@@ -135,6 +135,10 @@ class Side:
             "flops_per_step": self.flops,
             "first_loss": self.steps[0]["loss"],
         }
+
+    def phase_seconds(self, phase: str, warmup: int) -> float:
+        """Median over the steps after warm-up of what was spent in one phase."""
+        return statistics.median(step["phases"][phase] for step in self.steps[warmup:])
 
 
 def run_side(function: str, job: dict[str, Any], pipe: Connection) -> None:

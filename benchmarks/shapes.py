@@ -40,6 +40,17 @@ def model_folder(folder: Path, layers: int, texts: list[str], **shape: int) -> P
     return folder
 
 
+def scalar_folder(folder: Path, model: Path) -> Path:
+    """A model with a scalar head, random too, and the tokenizer of `model`."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer, LlamaForSequenceClassification
+
+    torch.manual_seed(1)
+    LlamaForSequenceClassification(AutoConfig.from_pretrained(model, num_labels=1)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a jsonl file."""
     if not path.exists():

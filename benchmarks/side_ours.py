@@ -22,11 +22,19 @@ def run(stage: Callable[..., Any], config: Any, job: Mapping[str, Any], pace: Pa
     from posttrain.run import Run
     from posttrain.tracking import Tracker
 
+    class Listener(Tracker):
+        """Hears where the time of a step went."""
+
+        def log(self, step: int, metrics: Mapping[str, float]) -> None:
+            super().log(step, metrics)
+            self.phases = {name.removeprefix("time/"): seconds for name, seconds in metrics.items() if name.startswith("time/")}
+
     @dataclass(eq=False)
     class PacedRun(Run):
         def log(self, metrics: Mapping[str, float], tokens: int = 0, optimizer_steps: int = 0) -> None:
             super().log(metrics, tokens, optimizer_steps)
-            pace(sum(p.numel() for p in self.engine.models[0].module.parameters() if p.requires_grad), metrics.get("loss"), tokens)
+            trained = sum(p.numel() for m in self.engine.models for p in m.module.parameters() if p.requires_grad)
+            pace(trained, metrics.get("loss"), tokens, tracker.phases)
 
         def resume(self, models: Mapping[str, Any], **objects: Any) -> int:
             step = super().resume(models, **objects)
@@ -37,7 +45,7 @@ def run(stage: Callable[..., Any], config: Any, job: Mapping[str, Any], pace: Pa
     folder.mkdir(parents=True, exist_ok=True)
     engine = Engine()
     engine.seed(0)
-    tracker = Tracker(folder, mode="disabled", is_main=True)
+    tracker = Listener(folder, mode="disabled", is_main=True)
     pace.imported()
     never = CheckpointConfig(minutes=1e9)
     stage(config, PacedRun(name=folder.name, folder=folder, seed=0, engine=engine, tracker=tracker, checkpoints=never))
@@ -87,7 +95,7 @@ def grpo(job: Mapping[str, Any], pace: Pace) -> None:
         policy=ModelConfig(path=job["model"]),
         prompts=DataConfig(path=job["rows"]),
         rewards=RewardsConfig(functions=(RewardConfig(function="side_ours:parity"),)),
-        objective=grpo.ObjectiveConfig(kl_coef=0.0, normalisation="token_mean"),
+        objective=grpo.ObjectiveConfig(kl="none", normalisation="token_mean"),
         sampling=SamplingConfig(max_new_tokens=job["new_tokens"]),
         num_iterations=STEPS,
         rollout_batch_size=responses,
@@ -96,6 +104,27 @@ def grpo(job: Mapping[str, Any], pace: Pace) -> None:
         **settings(),
     )
     run(grpo.train, config, job, pace)
+
+
+def ppo(job: Mapping[str, Any], pace: Pace) -> None:
+    from posttrain.config import DataConfig, ModelConfig, SamplingConfig
+    from posttrain.stages import ppo
+
+    optimizer = settings()["optimizer"]
+    config = ppo.PPOConfig(
+        policy=ModelConfig(path=job["model"]),
+        reward_model=ModelConfig(path=job["scalar"]),
+        prompts=DataConfig(path=job["rows"]),
+        sampling=SamplingConfig(max_new_tokens=job["new_tokens"]),
+        num_iterations=STEPS,
+        rollout_batch_size=job["count"],
+        minibatch_size=job["count"],
+        ptx_coef=0.0,
+        policy_optimizer=optimizer,
+        critic_optimizer=optimizer,
+        max_tokens_per_micro_batch=BUDGET,
+    )
+    run(ppo.train, config, job, pace)
 
 
 def parity(row: dict[str, Any], response: str) -> float:
