@@ -91,10 +91,10 @@ class Engine:
         """The frozen weights below a model with an adapter; all models over them find the same ones."""
         switch = module.adapter.switch
         if switch not in self._bases:
-            for member in switch.members:
-                member.to(self.world.device)
             base = ZeroBase if self.world.zero_stage == 3 else WholeBase
             self._bases[switch] = base(switch.members[0], self.world)
+            for member in switch.members:  # what ZeRO-3 has sharded is there already
+                member.to(self.world.device)
         return self._bases[switch]
 
     def reference(self, policy: TrainedModel, load: Callable[[], nn.Module]) -> FrozenModel:

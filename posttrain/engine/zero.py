@@ -74,6 +74,14 @@ def initialize(module: nn.Module, config: dict[str, Any], optimizer: torch.optim
     return load_deepspeed().initialize(model=module, optimizer=optimizer, config=config)[0]
 
 
+def placed(module: nn.Module, config: dict[str, Any], device: torch.device) -> nn.Module:
+    """The module on the device. Under ZeRO-3 one weight after the other goes there and is sharded at once: a whole model needs room on
+    the host, but never on the device."""
+    if config["zero_optimization"]["stage"] == 3:
+        load_deepspeed().zero.Init(module=module, config_dict_or_path=config)
+    return module.to(device)
+
+
 def forget(module: nn.Module) -> None:
     """Drop the module from DeepSpeed's global list of modules, which would keep its parameters alive for ever."""
     from deepspeed.runtime.zero import parameter_offload
@@ -112,7 +120,9 @@ class ZeroTrainer:
         settings = deepspeed_config(world, self.dtype, config.max_grad_norm, sum(p.numel() for p in trained))
         self.stage = settings["zero_optimization"]["stage"]
         with world.phase("deepspeed.initialize"):
-            self.ds = initialize(module.to(world.device), settings, self._optimizer(module, config))
+            whole = module if self.stage == 3 else module.to(world.device)
+            optimizer = self._optimizer(whole, config)  # a weight that is sharded is no matrix any more, and would not decay
+            self.ds = initialize(placed(module, settings, world.device), settings, optimizer)
         self.module = self.ds.module
         self.zero = self.ds.optimizer
         self._before: list[Tensor] = []
@@ -281,10 +291,10 @@ class ZeroBase:
 
     def __init__(self, module: nn.Module, world: World) -> None:
         root = Members(module)
-        dtype = compute_dtype(module)
+        settings = deepspeed_config(world, compute_dtype(module), 0.0)
         self._is_gathered = False
         with taken_out(module), world.phase("deepspeed.initialize"):
-            self.ds = initialize(root, deepspeed_config(world, dtype, 0.0), None)
+            self.ds = initialize(placed(root, settings, world.device), settings, None)
 
     def forward(self, member: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.ds.module(member, *args, **kwargs)  # DeepSpeed's own forward would switch autocast off
@@ -320,8 +330,9 @@ class ZeroFrozen:
 
     def __init__(self, module: nn.Module, world: World) -> None:
         dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
+        settings = deepspeed_config(world, dtype, 0.0)
         with world.phase("deepspeed.initialize"):
-            self.ds = initialize(module.to(world.device), deepspeed_config(world, dtype, 0.0), None)
+            self.ds = initialize(placed(module, settings, world.device), settings, None)
         self.module = self.ds.module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
