@@ -5,7 +5,8 @@
 
 One thing at a time grows: tokens in a step, the length of all rows, of one row among short ones, responses per prompt, samples
 per prompt, layers, vocabulary. Each point is a process of its own. What every further token costs in memory is compared with
-`posttrain.costs.activations`, which has no term in rows x longest row and none in tokens x vocabulary. Then the same model is
+`posttrain.costs.activations`, which has no term in rows x longest row and none in tokens x vocabulary; it counts tensors, and what
+is measured is resident memory, with what the allocator holds back. Then the same model is
 trained by 1, 2 and 4 CPU processes under ZeRO 0 to 3, and what each rank holds after the last backward of its second step is
 compared with `posttrain.costs.trained_memory` and with the paper's formula (arXiv 1910.02054, section 5) in fp32.
 """
@@ -58,11 +59,13 @@ def sweeps(quick: bool) -> dict[str, list[dict[str, Any]]]:
         return sft([demonstration(128, seed) for seed in range(base * count)], **shape)
 
     def compared(responses: int) -> dict[str, Any]:
-        return {**sft([comparison(128, 64, responses, seed) for seed in range(base)]), "stage": "reward_model"}
+        rows = [comparison(128, 64, responses, seed) for seed in range(base)]
+        return {**sft(rows), "stage": "reward_model", "paths": base * responses * (128 + 64)}
 
     def sampled(group: int) -> dict[str, Any]:
         asked = [{"prompt": text(64, seed)} for seed in range(2)]
-        return {**sft(asked), "stage": "grpo", "group": group, "new_tokens": 16 if quick else 64}
+        new = 16 if quick else 64
+        return {**sft(asked), "stage": "grpo", "group": group, "new_tokens": new, "paths": 2 * group * (64 + new)}
 
     return {
         "rows": [many(k) for k in grow],
@@ -87,7 +90,9 @@ def measure(point: dict[str, Any], work: Path, threads: int, steps: int) -> dict
     side = Side("ours", f"side_ours:{point['stage']}", job, threads)
     alternate([side], 1, steps)
     tokens = side.steps[-1]["tokens"]
-    formula = costs.activations(model_shape(model), tokens, costs.FP32, repeats_keys=True)
+    updated = tokens - len(point["data"]) * point.get("group", 0) * point.get("new_tokens", 0)  # what was sampled is counted twice
+    paths = costs.Tokens(count=point.get("paths", 0))
+    formula = costs.activations(model_shape(model), updated, costs.FP32, repeats_keys=True, paths=paths)
     found = {"stage": point["stage"], "tokens": tokens, **shape, "rows": len(point["data"]), "formula_bytes": formula}
     return {**found, **side.summary(1, tokens)}
 

@@ -102,6 +102,29 @@ class Sharding:
     offload_weights: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """What passes through a model: `count` tokens, `pairs` of them that see each other in attention; the LM head gives `scored` ones
+    their log-probabilities, or only the sum of those of `summed` ones."""
+
+    count: float = 0.0
+    pairs: float = 0.0
+    scored: float = 0.0
+    summed: float = 0.0
+
+    def __add__(self, other: Tokens) -> Tokens:
+        return Tokens(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
+    def __mul__(self, times: float) -> Tokens:
+        return Tokens(**{name: value * times for name, value in vars(self).items()})
+
+
+def tree(root: float, children: float = 0, response: float = 0, *, scored: float = 0, summed: float = 0) -> Tokens:
+    """The tokens of a root with so many children of `response` tokens each; the root is computed once."""
+    pairs = root * (root + 1) / 2 + children * (root * response + response * (response + 1) / 2)
+    return Tokens(count=root + children * response, pairs=pairs, scored=scored, summed=summed)
+
+
 def per_rank(weights: float, gradients: float, states: float, level: int, ranks: int) -> float:
     """What one of N processes holds of each (arXiv 1910.02054, section 5, figure 1): level 1 divides the optimizer's states by N,
     level 2 the gradients too, level 3 the weights too."""
@@ -186,20 +209,28 @@ def layer_activations(shape: Shape, weight_bytes: int, *, autocast: bool = False
 
 
 def activations(
-    shape: Shape, tokens: float, weight_bytes: int, *, checkpointing: bool = False, autocast: bool = False, repeats_keys: bool = False
+    shape: Shape,
+    tokens: float,
+    weight_bytes: int,
+    *,
+    checkpointing: bool = False,
+    autocast: bool = False,
+    repeats_keys: bool = False,
+    paths: Tokens = Tokens(),
 ) -> float:
     """Bytes that one packed row of N tokens holds at the start of its backward, and what the backward of one layer adds.
 
     With gradient checkpointing (Chen et al. 2016, arXiv 1604.06174, section 4.1) each layer keeps its input alone, and one layer
-    at a time is computed again. There is no term in N squared and none in the longest conversation. Not counted: on a CPU the
-    children of a tree each keep their own copy of their prompt's keys and values.
+    at a time is computed again. There is no term in N squared and none in the longest conversation. On a CPU each child of a tree
+    keeps a copy of the keys and values of its prompt and itself, and a mask over them: `paths` counts these tokens and pairs.
     """
-    wide = FP32 if autocast else weight_bytes
+    wide, narrow = FP32 if autocast else weight_bytes, 2 if autocast else weight_bytes
     layer = layer_activations(shape, weight_bytes, autocast=autocast, repeats_keys=repeats_keys)
+    copies = (1 if checkpointing else shape.layers) * narrow * (2 * shape.attention * paths.count + paths.pairs)
     kept = shape.layers * wide * shape.hidden + layer if checkpointing else shape.layers * layer
     ends = 8 * shape.hidden + wide * shape.hidden  # the last norm's input and normalised form, the head's input
     backward = wide * (3 * shape.inner + 2 * shape.hidden)
-    return tokens * (kept + ends + backward)
+    return tokens * (kept + ends + backward) + copies
 
 
 def head_memory(shape: Shape, weight_bytes: int, chunk_bytes: float, *, is_trained: bool = True) -> float:
@@ -270,29 +301,6 @@ def sent(volumes: Mapping[str, float], ranks: int) -> float:
 
 
 # --- arithmetic
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tokens:
-    """What passes through a model: `count` tokens, `pairs` of them that see each other in attention; the LM head gives `scored` ones
-    their log-probabilities, or only the sum of those of `summed` ones."""
-
-    count: float = 0.0
-    pairs: float = 0.0
-    scored: float = 0.0
-    summed: float = 0.0
-
-    def __add__(self, other: Tokens) -> Tokens:
-        return Tokens(**{name: value + getattr(other, name) for name, value in vars(self).items()})
-
-    def __mul__(self, times: float) -> Tokens:
-        return Tokens(**{name: value * times for name, value in vars(self).items()})
-
-
-def tree(root: float, children: float = 0, response: float = 0, *, scored: float = 0, summed: float = 0) -> Tokens:
-    """The tokens of a root with so many children of `response` tokens each; the root is computed once."""
-    pairs = root * (root + 1) / 2 + children * (root * response + response * (response + 1) / 2)
-    return Tokens(count=root + children * response, pairs=pairs, scored=scored, summed=summed)
 
 
 def forward_flops(shape: Shape, tokens: Tokens) -> float:

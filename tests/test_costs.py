@@ -99,25 +99,30 @@ def test_a_second_term_adds_copies_of_the_gradients(backend):
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype", "autocast", "checkpointing"),
+    ("family", "dtype", "autocast", "checkpointing", "children"),
     [
-        ("llama", torch.float32, False, False),
-        ("llama", torch.bfloat16, False, False),
-        ("llama", torch.float32, True, False),
-        ("llama", torch.float32, False, True),
-        ("llama", torch.bfloat16, False, True),
-        ("mistral", torch.float32, False, False),
+        ("llama", torch.float32, False, False, 0),
+        ("llama", torch.bfloat16, False, False, 0),
+        ("llama", torch.float32, True, False, 0),
+        ("llama", torch.float32, False, True, 0),
+        ("llama", torch.bfloat16, False, True, 0),
+        ("mistral", torch.float32, False, False, 0),
+        ("mistral", torch.float32, False, False, 3),
+        ("llama", torch.bfloat16, False, False, 2),
     ],
 )
-def test_activations_are_what_autograd_saves(family, dtype, autocast, checkpointing):
-    """Of one layer more, per token; hooks see every tensor that the graph keeps, weights and their bf16 copies apart."""
-    few, many = (saved_bytes(family, layers, 100, dtype, autocast, checkpointing) for layers in (2, 3))
-    kwargs = dict(autocast=autocast, repeats_keys=True)
-    said = [costs.activations(shape(family=family, layers=n), 100, dtype.itemsize, checkpointing=checkpointing, **kwargs) for n in (2, 3)]
+def test_activations_are_what_autograd_saves(family, dtype, autocast, checkpointing, children):
+    """Of one layer more; hooks see every tensor that the graph keeps, weights and their bf16 copies apart."""
+    length = 100
+    few, many = (saved_bytes(family, layers, length, dtype, autocast, checkpointing, children) for layers in (2, 3))
+    paths = Tokens(count=children * 2 * length, pairs=children * 2 * length * length)
+    kwargs = dict(autocast=autocast, repeats_keys=True, checkpointing=checkpointing, paths=paths)
+    tokens = length * (1 + children)
+    said = [costs.activations(shape(family=family, layers=n), tokens, dtype.itemsize, **kwargs) for n in (2, 3)]
     assert many - few == pytest.approx(said[1] - said[0], rel=1e-3)
 
 
-def saved_bytes(family: str, layers: int, tokens: int, dtype: torch.dtype, autocast: bool, checkpointing: bool) -> int:
+def saved_bytes(family: str, layers: int, length: int, dtype: torch.dtype, autocast: bool, checkpointing: bool, children: int) -> int:
     model = jobs.packed(family, layers=layers, dtype=dtype).train()
     model.set_gradient_checkpointing(checkpointing)
     weights = {tuple(p.shape) for p in model.parameters()} | {tuple(p.T.shape) for p in model.parameters() if p.ndim > 1}
@@ -128,7 +133,9 @@ def saved_bytes(family: str, layers: int, tokens: int, dtype: torch.dtype, autoc
             kept.append(tensor)
         return tensor
 
-    row = forest([Tree(segment(list(range(5, 5 + tokens)), [False] + [True] * (tokens - 1)))])
+    ids = list(range(5, 5 + length))
+    root = segment(ids, [False] + [not children] * (length - 1))
+    row = forest([Tree(root, tuple(segment(ids, True) for _ in range(children)))])
     with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         model(row, ("logprobs",))
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}.values())
