@@ -224,7 +224,8 @@ def measured() -> str:
         said = scaling.zero_formulas(point["parameters"], point["zero"], point["ranks"])
         held, formula, paper = (value / 2**20 for value in (point["held_bytes"], said["formula_bytes"], said["paper_bytes"]))
         lines.append(f"| {point['zero']} | {point['ranks']} | {held:.1f} | {formula:.1f} | {held / formula:.2f} | {paper:.1f} |")
-    return "\n".join(lines)
+    how = "`python benchmarks/scaling.py" + (" --quick`" if found["quick"] else "`")
+    return "\n".join(lines) + f"\n\nFrom {how}, on a model of {found['zero'][0]['parameters']:,} parameters."
 
 
 TABLES = {

@@ -19,6 +19,7 @@ from posttrain import costs
 from posttrain.config import ModelConfig, SamplingConfig, replace
 from posttrain.costs import Shape, Sharding, Tokens
 from posttrain.estimates import count_parameters
+from posttrain.models.described import config_of
 from posttrain.speed import matmul_flops, read_rate
 
 EFFICIENCY, SAMPLING_EFFICIENCY = 0.5, 0.3
@@ -100,11 +101,11 @@ class Model:
 
 
 def forecast(work: Work) -> dict[str, Any]:
-    """{"parameters", "memory", "on disk", "sent", "time", "warning"}, those that there is something to say of; {} where a model isn't on
-    this disk yet."""
+    """{"parameters", "memory", "on disk", "sent", "time", "warning"}, those that there is something to say of. Where a model's
+    shape isn't known yet, that is said instead."""
     described = {role.name: found for role in work.roles if (found := described_by(role.model))}
-    if len(described) < len(work.roles):
-        return {}
+    for path in sorted({role.model.path for role in work.roles if role.name not in described}):
+        return {"memory": f"known when {path} has run" if path.startswith("@") else f"unknown, as {path!r} has no config.json to be read"}
     place = here()
     known = {role.name: Model(*described[role.name], weight_bytes(role.model, place.device)) for role in work.roles}
     first, held = known[work.roles[0].name], memory(work, known, place)
@@ -145,13 +146,15 @@ def sampled(config: Any, size: Mapping[str, Any]) -> Sampled:
 
 
 def described_by(config: ModelConfig) -> tuple[Shape, int] | None:
-    """A model folder's shape and number of parameters; None where there is no such folder or its config.json is of another kind."""
+    """A model's shape and number of parameters, by its config.json and the heads of its weights where they are on this disk; None
+    for the output of a stage that hasn't run, a hub model that can't be asked for, and other kinds of models."""
     folder = Path(config.path).expanduser()
-    if config.path and (folder / "adapter_config.json").is_file():
+    if not config.path or config.path.startswith("@"):
+        return None
+    if (folder / "adapter_config.json").is_file():
         named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
         return described_by(ModelConfig(path=str(named or "")))
-    file = folder / "config.json"
-    shape = costs.shape_of(json.loads(file.read_text(encoding="utf-8"))) if config.path and file.is_file() else None
+    shape = costs.shape_of(config_of(config))
     return (shape, count_parameters(config.path) or shape.parameters) if shape else None
 
 
@@ -262,14 +265,11 @@ def sampling_memory(work: Work, models: Mapping[str, Model], place: Place) -> fl
     return costs.sampling_memory(first.shape, first.parameters, side_by_side * longest, first.weight_bytes, place.sharding)
 
 
-def trained_parameters(role: Role, model: Model) -> int:
-    return costs.adapter_parameters(model.shape, role.model.adapter.rank) if role.model.adapter.rank else model.parameters
-
-
 def own_setting(role: Role, model: Model, sharding: Sharding) -> tuple[int, int, Sharding]:
     """(parameters, bytes of a weight, sharding) of what is trained in a model."""
-    whole = bool(role.model.adapter.rank)
-    return trained_parameters(role, model), 4 if whole else model.weight_bytes, replace(sharding, level=0) if whole else sharding
+    if role.model.adapter.rank:
+        return costs.adapter_parameters(model.shape, role.model.adapter.rank), 4, replace(sharding, level=0)
+    return model.parameters, model.weight_bytes, sharding
 
 
 def checkpoint_copies(work: Work, models: Mapping[str, Model], place: Place) -> float:
@@ -392,7 +392,8 @@ def said_of_memory(held: Held, place: Place) -> str:
 def said_of_time(work: Work, models: Mapping[str, Model], ranks: int) -> str:
     sampling, rest = seconds(work, models, ranks, matmul_flops(), read_rate() if work.sampled else math.inf)
     text = f"about {duration(sampling + rest)} on " + ("one device" if ranks == 1 else f"{ranks} devices") + " like this one"
-    return f"{text}, {duration(sampling)} of it sampling" if sampling else text
+    text += f", {duration(sampling)} of it sampling" if sampling else ""
+    return f"{text}; at {EFFICIENCY:.0%} of its matrix product, the share measured on a CPU"
 
 
 def duration(length: float) -> str:

@@ -11,7 +11,7 @@ from posttrain import costs, forecast
 from posttrain.config import AdapterConfig, ModelConfig, SamplingConfig
 from posttrain.costs import Sharding, Tokens
 from posttrain.forecast import GIB, Model, Place, Role, Sampled, Work
-from tests.tiny import tiny_config, tiny_folder
+from tests.tiny import tiny_config, tiny_folder, tiny_model
 
 SHAPE = costs.Shape(hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, inner=14336, vocabulary=128256)
 MODEL = Model(SHAPE, SHAPE.parameters, 2)
@@ -113,7 +113,17 @@ def test_a_plan_reads_config_json_and_says_the_launch(tmp_path, monkeypatch):
     assert "each of 4 processes, a copy each" in four["memory"] and "by each process" in four["sent"]
     monkeypatch.setattr(forecast, "here", lambda: Place(sharding=Sharding(), memory=1e6, host=1e6))
     assert forecast.forecast(work)["warning"].startswith("more than there is; ")
-    assert forecast.forecast(replace(work, roles=(Role(name="policy", model=ModelConfig(path="someone/model")),))) == {}
+    unknown = forecast.forecast(replace(work, roles=(Role(name="policy", model=ModelConfig(path="@base")),)))
+    assert unknown == {"memory": "known when @base has run"}
+
+
+def test_a_hub_models_config_is_enough(monkeypatch):
+    """Without its weights: the number of parameters follows from the shape."""
+    asked = tiny_config("mistral").to_dict()
+    monkeypatch.setattr(forecast, "config_of", lambda model: asked if model.path == "someone/model" else {})
+    model = forecast.described_by(ModelConfig(path="someone/model"))
+    assert model is not None and model[1] == sum(p.numel() for p in tiny_model("mistral").parameters())
+    assert forecast.described_by(ModelConfig(path="nobody/model")) is None
 
 
 def test_zero3s_launch_is_read(monkeypatch):

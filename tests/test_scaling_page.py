@@ -21,8 +21,8 @@ def rows(name: str) -> list[list[str]]:
     """The cells of one of the page's tables, without its head."""
     found = scaling_plan.block(name).search(scaling_plan.PAGE.read_text())
     assert found, f"the page has no table {name!r}"
-    lines = found.group(2).splitlines()[2:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    lines = [line for line in found.group(2).splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 @pytest.mark.parametrize("name", scaling_plan.TABLES)

@@ -125,6 +125,11 @@ def template_problem(model: ModelConfig, template: str, reads_text: bool) -> str
 # --- files
 
 
+def config_of(model: ModelConfig) -> dict[str, Any]:
+    """config.json of a model folder or a hub model, {} where it can't be had."""
+    return _read_json(model, "config.json")
+
+
 def _read_json(model: ModelConfig, name: str) -> dict[str, Any]:
     """A JSON file of a model, {} where there is none. Raises ValueError for one that isn't JSON."""
     text = _read(model, name)
