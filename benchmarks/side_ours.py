@@ -96,7 +96,7 @@ def grpo(job: Mapping[str, Any], pace: Pace) -> None:
         prompts=DataConfig(path=job["rows"]),
         rewards=RewardsConfig(functions=(RewardConfig(function="side_ours:parity"),)),
         objective=grpo.ObjectiveConfig(kl="none", normalisation="token_mean"),
-        sampling=SamplingConfig(max_new_tokens=job["new_tokens"]),
+        sampling=SamplingConfig(max_new_tokens=job["new_tokens"], reuse_logprobs=True),
         num_iterations=STEPS,
         rollout_batch_size=responses,
         group_size=job["group"],

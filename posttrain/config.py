@@ -417,6 +417,9 @@ class SamplingConfig:
     """Put before every prompt; "" adds none."""
     max_cached_tokens: int = runtime(65536)
     """Budget of the key-value cache per device, in tokens; sets how many responses are sampled side by side."""
+    reuse_logprobs: bool = runtime(False)
+    """The old log-probabilities are those that responses were drawn with, where they are exact to the last digits: in fp32, without
+    vLLM. Saves the policy a pass over each rollout; the logged entropy is then estimated from the sampled tokens."""
     vllm: VLLMConfig = VLLMConfig()
     """Whether vLLM samples, and where."""
 

@@ -12,11 +12,6 @@ import torch
 from torch import Tensor
 
 
-def nll(logprobs: Tensor, trainable: Tensor) -> Tensor:
-    """Sum of -log pi over the trainable tokens: `logprobs (N,)`, `trainable (N,)` -> ()."""
-    return -torch.where(trainable, logprobs, 0).sum()
-
-
 def whiten(values: Tensor) -> Tensor:
     """Shift `values (T,)` to mean 0 and scale them to variance 1.
 

@@ -9,23 +9,13 @@ import pytest
 import torch
 
 from posttrain.controllers import KLController, RunningScale
-from posttrain.ops import kl_k1, kl_k3, nll, ordered_pairs, sum_by_length, whiten
+from posttrain.ops import kl_k1, kl_k3, ordered_pairs, sum_by_length, whiten
 
 DRAW = torch.Generator().manual_seed(0)
 
 
 def numbers(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=DRAW, dtype=torch.float64)
-
-
-def test_nll_counts_the_trainable_tokens_only():
-    logprobs, mask = numbers(9).requires_grad_(), torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 1], dtype=torch.bool)
-    expected = -sum(logprobs[i] for i in range(9) if mask[i])
-    assert nll(logprobs, mask).item() == pytest.approx(expected.item())
-    nll(logprobs, mask).backward()
-    assert torch.equal(logprobs.grad, -mask.double())
-    # what stands at a token that doesn't count may be anything
-    assert nll(torch.tensor([math.nan, -1.0]), torch.tensor([False, True])).item() == 1.0
 
 
 def test_whitening_is_the_biased_variance_over_all_tokens():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.config import OptimizerConfig
+from posttrain.engine.plain import compute_dtype
 from posttrain.engine.world import World
 from posttrain.models.adapters import merged, weights
 
@@ -56,6 +57,11 @@ class FrozenModel:
                 return self.backend.forward(*args, **kwargs)
             with torch.no_grad():
                 return self.backend.forward(*args, **kwargs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in, whatever its weights are held in."""
+        return getattr(self.backend, "dtype", None) or compute_dtype(self.module)
 
     @property
     def _differentiates(self) -> bool:

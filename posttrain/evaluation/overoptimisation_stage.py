@@ -186,8 +186,7 @@ def trained(
     require_same_tokens(source, config.policy, asked.chat, config.template)
     policy: Any = run.engine.freeze(load_causal_lm(source, asked.chat.tokenizer), name=name)
     rollout = sample_responses(run, policy, asked.chat, asked.prompts, config.sampling, 0, samples_per_prompt=count)
-    budget, temperature = config.max_tokens_per_micro_batch, config.sampling.temperature
-    experience = annotate(run, rollout, policy, initial, budget, temperature)
+    experience = annotate(run, rollout, policy, initial, config.max_tokens_per_micro_batch, config.sampling)
     policy.close()
     run.engine.models.remove(policy)
     kl = sum_by_length(kl_k1(experience.logprobs, experience.ref_logprobs), experience.lengths)

@@ -14,9 +14,11 @@ from posttrain.ops import kl_k1, kl_k3
 if TYPE_CHECKING:
     from posttrain.config import SamplingConfig
     from posttrain.data.chat import Chat
-    from posttrain.engine.model import FrozenModel, TrainedModel
+    from posttrain.engine.model import FrozenModel
     from posttrain.rollout.local import Rollout
     from posttrain.run import Run
+
+TOO_FAR = 0.1  # bf16 on both sides gives up to 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +30,7 @@ class Experience:
     finished: Tensor  # (B,) bool, ended by itself
     logprobs: Tensor  # (T,) log pi_old at the sampling temperature, as the trainer computes it
     ref_logprobs: Tensor  # (T,), or (0,) where there is no reference
-    entropy: Tensor  # (T,) of the distribution that each token was drawn from
+    entropy: Tensor  # (T,) of the distribution that each token was drawn from, or an estimate of it
 
 
 def sampler_of(sampling: SamplingConfig) -> Callable[..., Rollout]:
@@ -81,23 +83,45 @@ def sample_responses(
 
 
 def annotate(
-    run: Run, rollout: Rollout, policy: TrainedModel, reference: FrozenModel | None, max_tokens: int, temperature: float
+    run: Run, rollout: Rollout, policy: FrozenModel, reference: FrozenModel | None, max_tokens: int, sampling: SamplingConfig
 ) -> Experience:
-    """Log-probabilities of a rollout under the policy and the reference, and the policy's entropies, alike on every rank."""
+    """Log-probabilities of a rollout under the policy and the reference, and the policy's entropies, alike on every rank.
+
+    The policy isn't asked again where `sampling.reuse_logprobs` takes what was drawn with; -log pi of a token that was drawn is
+    then an unbiased estimate of the entropy.
+    """
     from posttrain.engine.inference import infer
     from posttrain.rollout.trees import response_trees
 
     trees = response_trees(rollout)
-    old = infer(run.engine, policy, trees, ("logprobs", "entropy"), max_tokens, temperature=temperature)
-    ref = infer(run.engine, reference, trees, ("logprobs",), max_tokens, temperature=temperature)["logprobs"] if reference else []
+
+    def passed(model: FrozenModel, *want: str) -> list[Tensor]:
+        found = infer(run.engine, model, trees, want, max_tokens, temperature=sampling.temperature)
+        return [torch.cat(found[name]) for name in want]
+
+    if sampling.reuse_logprobs and not sampling.vllm.mode and policy.dtype == torch.float32:
+        logprobs = torch.cat(rollout.logprobs)
+        entropy = -logprobs
+    else:
+        logprobs, entropy = passed(policy, "logprobs", "entropy")
+        warn_of_another(run, torch.cat(rollout.logprobs), logprobs)
     return Experience(
         rollout=rollout,
         lengths=[len(response) for response in rollout.responses],
         finished=torch.tensor(rollout.finished),
-        logprobs=torch.cat(old["logprobs"]),
-        ref_logprobs=torch.cat(ref) if ref else torch.zeros(0),
-        entropy=torch.cat(old["entropy"]),
+        logprobs=logprobs,
+        ref_logprobs=passed(reference, "logprobs")[0] if reference else torch.zeros(0),
+        entropy=entropy,
     )
+
+
+def warn_of_another(run: Run, sampled: Tensor, logprobs: Tensor) -> None:
+    """Warn when the log-probabilities (T,) of sampler and trainer are too far apart for rounding: weights that didn't arrive, say."""
+    if float((sampled - logprobs).abs().mean()) > TOO_FAR:
+        run.warn(
+            f"sampler and trainer differ by more than {TOO_FAR} in mean |log-probability|, so that importance weights correct little: does "
+            "vLLM hold all of the policy's weights, and in its dtype?"
+        )
 
 
 def importance_weights(experience: Experience, cap: float) -> tuple[Tensor, dict[str, float]]:

@@ -34,7 +34,7 @@ class FirstStep:
     @property
     def limit(self) -> float:
         """Largest mean |log ratio|: the rounding of the dtype that is computed in, whatever the masters are held in."""
-        return 2e-2 if self.policy.backend.dtype == torch.bfloat16 else 1e-4
+        return 2e-2 if self.policy.dtype == torch.bfloat16 else 1e-4
 
     def check_rollout(self, sampled: torch.Tensor, old_logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> None:
         """The log-probabilities (T,) that the sampler drew with, the trainer's and the reference's are one before the first step.

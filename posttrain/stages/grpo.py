@@ -43,7 +43,7 @@ from torch import Tensor
 
 from posttrain.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, SamplingConfig, runtime, runtime_factory, when
 from posttrain.models.described import CAUSAL, REWARD, ModelUse
-from posttrain.ops import kl_k1, kl_k3, nll
+from posttrain.ops import kl_k1, kl_k3
 from posttrain.rewards.config import RewardsConfig
 from posttrain.rollout.advantages import group_mean, group_std, leave_one_out, over_batch
 from posttrain.rollout.experience import importance_weights
@@ -339,7 +339,7 @@ def train(config: GRPOConfig, run: Run) -> Path:
         for iteration in run.iterations(config.num_iterations):
             # 1. groups of responses, their rewards, and log-probabilities under policy and reference
             judged, sampled = gather_groups(sample_round, config.prompts_per_iteration, config.sampling_rounds, run)
-            experience = annotate(run, judged.rollout, policy, reference, budget, temperature)
+            experience = annotate(run, judged.rollout, policy, reference, budget, config.sampling)
             first_step.check_rollout(torch.cat(judged.rollout.logprobs), experience.logprobs, experience.ref_logprobs)
 
             # 2. advantages, and what each token weighs
@@ -365,8 +365,7 @@ def train(config: GRPOConfig, run: Run) -> Path:
                         update.backward(loss, over=over, label="policy")
                         tally.add({**stats, "tokens": micro.trainable.sum()})
                     for micro in text.micro_batches():  # + ptx_coef * log pi(x)
-                        loss = nll(policy.logprobs(micro), micro.trainable)
-                        update.backward(loss, over=text.num_tokens, weight=config.ptx_coef, label="ptx")
+                        update.backward(policy.nll(micro), over=text.num_tokens, weight=config.ptx_coef, label="ptx")
                 has_signal = any(bool(child.fields["advantages"].any()) for tree in trees for child in tree.children)
                 first_step.after(update.grad_norm, update.lr, update.stepped, has_signal=has_signal)
                 tally.settle(update.stepped)

@@ -32,7 +32,7 @@ from torch import Tensor
 from posttrain.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, SamplingConfig, runtime, runtime_factory, when
 from posttrain.controllers import KLController, RunningScale
 from posttrain.models.described import CAUSAL, REWARD, ModelUse
-from posttrain.ops import kl_k1, nll, sum_by_length, whiten
+from posttrain.ops import kl_k1, sum_by_length, whiten
 from posttrain.rollout.settings import mixing_problems, require_same_tokens, rollout_problems
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ def train(config: PPOConfig, run: Run) -> Path:
     for iteration in run.iterations(config.num_iterations):
         # 1. trajectories: y ~ pi(.|x), then log-probabilities, values and scores under the four models
         rollout = sample_responses(run, policy, chat, [prompts[i] for i in prompt_order.take()], config.sampling, iteration)
-        experience = annotate(run, rollout, policy, reference, budget, temperature)
+        experience = annotate(run, rollout, policy, reference, budget, config.sampling)
         first_step.check_rollout(torch.cat(rollout.logprobs), experience.logprobs, experience.ref_logprobs)
         judged = torch.stack(infer(engine, reward_model, response_trees(rollout), ("scores",), budget)["scores"])  # (B,)
         old_values = torch.cat(infer(engine, critic, response_trees(rollout), ("values",), budget)["values"])  # (T,)
@@ -292,8 +292,7 @@ def train(config: PPOConfig, run: Run) -> Path:
                         update.backward(loss, over=minibatch.num_tokens, label="policy")
                         tally.add({**stats, "tokens": micro.trainable.sum()})
                     for micro in text.micro_batches():  # + ptx_coef * log pi(x)
-                        loss = nll(policy.logprobs(micro), micro.trainable)
-                        update.backward(loss, over=text.num_tokens, weight=config.ptx_coef, label="ptx")
+                        update.backward(policy.nll(micro), over=text.num_tokens, weight=config.ptx_coef, label="ptx")
                 first_step.after(update.grad_norm, update.lr, update.stepped)
                 tally.settle(update.stepped)
                 log.add(update)

@@ -25,6 +25,7 @@ from posttrain.config import (
 )
 from posttrain.data.chat import Chat
 from posttrain.data.sampler import Sampler
+from posttrain.engine import inference
 from posttrain.models.loading import load_causal_lm
 from posttrain.rewards.config import RewardConfig, RewardsConfig
 from posttrain.rollout.local import Rollout, sample
@@ -326,6 +327,26 @@ def test_rule_01_nothing_depends_on_the_micro_batches(config, tmp_path, algorith
     for budget in (72, 131):
         found = run_stage(train, replace(config, max_tokens_per_micro_batch=budget), tmp_path / f"rows_of_{budget}")
         alike(found.parent, expected.parent, ONE)
+
+
+def test_what_was_drawn_with_stands_for_the_policys_own_pass(config, tmp_path, monkeypatch):
+    passes, infer = [], inference.infer
+
+    def counted(engine, model, *rest, **options):
+        passes.append(model.name)
+        return infer(engine, model, *rest, **options)
+
+    monkeypatch.setattr(inference, "infer", counted)
+    config = several(replace(config, num_iterations=2))
+    asked_again = run_stage(train, config, tmp_path / "asked_again")
+    assert passes == ["policy", "reference"] * 2
+    passes.clear()
+    reused = run_stage(train, replace(config, sampling=replace(config.sampling, reuse_logprobs=True)), tmp_path / "reused")
+    assert passes == ["reference"] * 2
+    close(weights(reused), weights(asked_again), rtol=1e-3, atol=1e-5)
+    for mine, theirs in zip(metrics(reused.parent), metrics(asked_again.parent), strict=True):
+        assert mine["kl"] == pytest.approx(theirs["kl"], abs=1e-5) and mine["ratio"] == pytest.approx(theirs["ratio"], abs=1e-5)
+        assert mine["entropy"] == pytest.approx(theirs["entropy"], rel=0.3)  # of some hundred tokens
 
 
 @pytest.mark.parametrize("backend", ("ddp", "zero2", "zero3"))
