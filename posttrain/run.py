@@ -358,6 +358,8 @@ class Run:
         """Add the time since the last call to what the stage has used."""
         self._counted, before = self._clock.read(), self._counted
         for name, seconds in between(before, self._counted).items():
+            if name == self._clock.rest == LOADING:  # a stage without steps: it does its work where others load
+                name = OTHER
             self.counters.seconds += seconds
             self.counters.phases[name] = self.counters.phases.get(name, 0.0) + seconds
 
