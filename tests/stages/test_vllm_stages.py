@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from posttrain.config import DataConfig, ModelConfig, SamplingConfig, VLLMConfig, replace
+from posttrain.rollout import experience as rollout_experience
 from posttrain.rollout import vllm_server
 from posttrain.rollout.experience import Experience, importance_weights
 from posttrain.rollout.generate import GenerateConfig, generate
@@ -157,13 +158,15 @@ def test_two_iterations_learn_as_with_exact_ratios_each_from_its_own_weights(fol
     assert any(not torch.equal(stub.loaded[1][key], start[key]) for key in start)
 
 
-def test_a_server_that_keeps_its_weights_shows_in_what_is_logged(folder, tmp_path):
+def test_a_server_that_keeps_its_weights_shows_in_what_is_logged_and_is_warned_of(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rollout_experience, "TOO_FAR", 1e-3)
     with serving(folder, deaf=True) as stub:
         config = grpo_config(folder, tmp_path, num_iterations=2)
         config = replace(config, sampling=replace(config.sampling, vllm=VLLMConfig(mode="server", url=stub.url)))
         run_stage(grpo.train, config, tmp_path / "grpo")
     first, second = metrics(tmp_path / "grpo")
     assert first["sampler_gap"] < 1e-5 and second["sampler_gap"] > 1e-3
+    assert capsys.readouterr().out.count("does vLLM hold all of the policy's weights") == 1
 
 
 def test_rule_20_a_server_of_another_distribution_stops_the_run_before_its_first_step(folder, tmp_path):
