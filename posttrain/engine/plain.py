@@ -159,8 +159,8 @@ class PlainTrainer:
         norm = total_norm(gradients)
         if not bool(torch.isfinite(norm)):
             return float(norm), False, norms
-        if self.max_grad_norm > 0:
-            torch._foreach_mul_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        if self.max_grad_norm > 0 and norm + 1e-6 > self.max_grad_norm:
+            torch._foreach_mul_(gradients, self.max_grad_norm / (norm + 1e-6))
         for p, gradient in zip(self.parameters, gradients):
             p.grad = gradient
         for group in self.optimizer.param_groups:
