@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from posttrain.engine.model import FrozenModel
     from posttrain.engine.world import World
 
-ANSWER_SECONDS = 5.0  # for questions about the server itself
+HEALTH_SECONDS = 5.0  # for an answer whether the server is up
+ABOUT_SECONDS = 60.0  # for one about itself: /server_info first looks over its whole machine
 POLL_SECONDS = 1.0  # how often it is looked whether the run was asked to stop
 RETRIES = 3
 COMMAND = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm"
@@ -84,7 +85,7 @@ def _is_up(config: VLLMConfig) -> bool:
     deadline = time.monotonic() + config.connection_timeout
     while True:
         try:
-            if requests.get(f"{config.url.rstrip('/')}/health", timeout=ANSWER_SECONDS).status_code == 200:
+            if requests.get(f"{config.url.rstrip('/')}/health", timeout=HEALTH_SECONDS).status_code == 200:
                 return True
         except requests.RequestException:
             pass  # it may still be starting
@@ -94,9 +95,13 @@ def _is_up(config: VLLMConfig) -> bool:
 
 
 def _get(config: VLLMConfig, path: str) -> Any:
+    """What the server says there, {} where it has nothing. Raises ValueError when it doesn't answer."""
     import requests
 
-    answer = requests.get(f"{config.url.rstrip('/')}{path}", timeout=ANSWER_SECONDS)
+    try:
+        answer = requests.get(f"{config.url.rstrip('/')}{path}", timeout=ABOUT_SECONDS)
+    except requests.RequestException as error:
+        raise ValueError(f"sampling.vllm.url={config.url!r}: the server is up but gives no answer to {path}: {error}") from None
     return answer.json() if answer.status_code == 200 else {}
 
 
