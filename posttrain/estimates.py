@@ -55,10 +55,12 @@ def row_problems(data: DataConfig, kind: str, config: Any) -> list[str]:
 
 def prompt_problems(config: Any, model: ModelConfig) -> list[str]:
     """The same for the `prompts` of a stage that samples; and what is wrong with a vLLM that is to sample."""
-    from posttrain.rollout.vllm import sampling_problems
-
     rows, tokenizer = _at_hand(config.prompts, "prompt", model)
     found = too_long(rows, tokenizer, config.prompts.path, config.max_prompt_length, config.max_dropped_fraction, "max_prompt_length")
+    if not config.sampling.vllm.mode:
+        return found
+    from posttrain.rollout.vllm import sampling_problems  # imports transformers, which takes seconds
+
     return found + sampling_problems(config.sampling, config.max_prompt_length)
 
 
