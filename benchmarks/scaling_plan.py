@@ -229,8 +229,8 @@ def measured() -> str:
     grown, said = ([scaling.per_token(points, of) / 1024 for points in sft] for of in ("peak_bytes_above_model", "formula_bytes"))
     return "\n".join(lines) + (
         f"\n\nFrom {how}, on a model of {found['zero'][0]['parameters']:,} parameters. In the same run, with another model, every "
-        f"further token of\nan SFT step added {min(grown):.0f} to {max(grown):.0f} KiB of resident memory, whether rows grew in number or in length "
-        f"and with 4 times the\nvocabulary; the formula counts {max(said):.0f} KiB of tensors, and not what the allocator holds back."
+        f"further token of\nan SFT step added {min(grown):.0f} to {max(grown):.0f} KiB of resident memory, whether rows grew in number "
+        f"or in length and with 4 times the\nvocabulary; the formula counts {max(said):.0f} KiB of tensors, and not what the allocator holds back."
     )
 
 
