@@ -227,10 +227,11 @@ def measured() -> str:
     how = "`python benchmarks/scaling.py" + (" --quick`" if found["quick"] else "`")
     sft = [points for points in found["sweeps"].values() if points[0]["stage"] == "sft" and scaling.per_token(points, "formula_bytes")]
     grown, said = ([scaling.per_token(points, of) / 1024 for points in sft] for of in ("peak_bytes_above_model", "formula_bytes"))
+    added = f"{min(grown):.0f} to {max(grown):.0f} KiB"
     text = (
-        f"From {how}, on a model of {found['zero'][0]['parameters']:,} parameters. In the same run, with another model, every\n"
-        f"further token of an SFT step added {min(grown):.0f} to {max(grown):.0f} KiB of resident memory, whether rows grew in number or in\n"
-        f"length and with 4 times the vocabulary; the formula counts {max(said):.0f} KiB of tensors, and not what the allocator holds back."
+        f"From {how}, on a model of {found['zero'][0]['parameters']:,} parameters. In the same run, with another model,\n"
+        f"every further token of an SFT step added {added} of resident memory, whether rows grew in number or in length\n"
+        f"and with 4 times the vocabulary; the formula counts {max(said):.0f} KiB of tensors, not what the allocator holds back."
     )
     return "\n".join([*lines, "", text])
 
