@@ -7,6 +7,9 @@ The server is vLLM's own, in an environment of its own, as vLLM asks for an olde
 Weights go by files that both sides see (`transfer="folder"`: any device; the server reads them with its `reload_weights`), or
 from GPU to GPU by TRL's client (`transfer="nccl"`: needs vLLM beside the trainer; it has not been run on CUDA).
 One server serves one run at a time: it holds one set of weights.
+
+On a CPU vLLM (0.32) packs an LM head that is tied to the embeddings when it starts and never again, so that a tied policy's head
+stays as it was: `sampler_gap` grows, and importance weights make up for it only while it is small. Untied heads arrive whole.
 """
 
 from __future__ import annotations

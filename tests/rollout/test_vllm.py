@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -193,8 +190,6 @@ def sharded_job(engine: Engine, *, folder: str, url: str) -> dict[str, Any]:
     for _ in range(2):
         options: dict[str, Any] = dict(world=engine.world, seed=1, stop_ids=STOP, samples_per_prompt=3)
         rollouts.append(sample(policy, PROMPTS, config, **options, on_response=lambda b, _: told.append(b)))
-        row = engine.pack([], 100)
-        assert row.size == 0
         policy.steps += 1  # as if it had stepped
     return {"responses": [r.responses for r in rollouts], "told": told, "logprobs": [r.logprobs for r in rollouts]}
 
@@ -319,7 +314,7 @@ def test_a_stop_ends_the_sampling_without_waiting_for_the_server(folder, tmp_pat
             sample_responses(run, model, Chat.load(str(folder)), PROMPTS, by_vllm(stub), 0)
 
 
-# --- transfer and engines on GPUs, with stand-ins for what needs one
+# --- transfer between GPUs, with stand-ins for what needs them
 
 
 def test_nccl_announces_every_tensor_once_and_sends_it_in_that_order(tmp_path, monkeypatch):
@@ -346,89 +341,3 @@ def test_nccl_announces_every_tensor_once_and_sends_it_in_that_order(tmp_path, m
 def test_nccl_on_a_cpu_is_refused_by_trl_in_its_words(folder, tmp_path):
     with serving(folder) as stub, open_run(tmp_path) as run, pytest.raises(VLLMError, match="failed at loading weights"):
         ask(run, frozen(run, folder), by_vllm(stub, vllm=VLLMConfig(mode="server", url=stub.url, transfer="nccl")), template_of=folder)
-
-
-@pytest.fixture
-def fake_engine(monkeypatch):
-    """vLLM's LLM as TRL makes and uses it, answered for by the stub's model."""
-    from trl.generation import vllm_generation
-
-    made: list[Any] = []
-
-    class Engine:
-        def __init__(self, **settings: Any) -> None:
-            self.settings, self.resets = settings, 0
-            self.stub = Stub(AutoModelForCausalLM.from_pretrained(settings["model"]).eval(), None)
-            self.loaded: list[str] = []
-            model = SimpleNamespace(load_weights=self.load_weights)
-            runner = SimpleNamespace(model_runner=SimpleNamespace(model=model))
-            self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=runner))
-            made.append(self)
-
-        def load_weights(self, named: Any) -> None:
-            for name, tensor in named:
-                self.loaded.append(name)
-                self.stub.model.get_parameter(name).data.copy_(tensor)
-
-        def reset_prefix_cache(self) -> None:
-            self.resets += 1
-
-        def generate(self, prompts: Any, sampling_params: Any, use_tqdm: bool) -> list[Any]:
-            return [self.output(p["prompt_token_ids"], how) for p, how in zip(prompts, sampling_params)]
-
-        def output(self, prompt: list[int], how: dict) -> Any:
-            plain = {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, **how, "stop": how["stop"] or ()}
-            choices = [self.stub.choice(prompt, plain, n) for n in range(how["n"])]
-            outputs = [
-                SimpleNamespace(
-                    token_ids=choice["token_ids"],
-                    logprobs=[
-                        {token: SimpleNamespace(rank=1, logprob=logprob)}
-                        for token, logprob in zip(choice["token_ids"], choice["logprobs"]["token_logprobs"])
-                    ],
-                )
-                for choice in choices
-            ]
-            return SimpleNamespace(prompt_token_ids=prompt, outputs=outputs)
-
-    stand_in = ModuleType("vllm")
-    stand_in.SamplingParams = lambda **settings: settings  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vllm", stand_in)
-    monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda: True)
-    monkeypatch.setattr(vllm_generation, "LLM", Engine, raising=False)
-    environment = dict(os.environ)  # TRL writes RANK and the like
-    yield made
-    os.environ.clear()
-    os.environ.update(environment)
-
-
-def test_a_colocated_engine_samples_as_a_server_does(folder, tmp_path, fake_engine):
-    config = SamplingConfig(max_new_tokens=9, vllm=VLLMConfig(mode="colocate", gpu_memory_utilization=0.2, max_model_len=64, concurrency=3))
-    with serving(folder) as stub, open_run(tmp_path) as run:
-        expected = ask(run, frozen(run, folder), by_vllm(stub), template_of=folder)
-        chat = Chat.load(str(folder))
-        policy = run.engine.train(load_causal_lm(ModelConfig(path=str(folder)), chat.tokenizer), OptimizerConfig(lr=0.1), 5, name="trained")
-        found = ask(run, policy, config, template_of=folder)
-        assert found.responses == expected.responses and found.finished == expected.finished
-        assert all(torch.equal(a, b) for a, b in zip(found.logprobs, expected.logprobs))
-        with torch.no_grad():
-            for parameter in policy.module.parameters():
-                parameter.mul_(0.5)
-        policy.steps += 1
-        ask(run, policy, config, template_of=folder)
-        run.engine.export(policy, tmp_path / "halved", chat.tokenizer)
-    [engine] = fake_engine
-    names = dict(engine.stub.model.named_parameters())
-    assert engine.settings["logprobs_mode"] == "processed_logprobs" and engine.settings["max_model_len"] == 64
-    assert engine.resets == 2 and engine.loaded == [*names, *names]
-    halved = AutoModelForCausalLM.from_pretrained(tmp_path / "halved").state_dict()
-    assert all(torch.equal(tensor, halved[name]) for name, tensor in engine.stub.model.state_dict().items())
-
-
-def test_a_colocated_engine_needs_what_is_not_here():
-    def problems(**changes: Any) -> str:
-        [found] = sampling_problems(SamplingConfig(max_new_tokens=100, vllm=VLLMConfig(mode="colocate", **changes)), 60)
-        return found
-
-    assert "mode='colocate' needs vLLM in the trainer's own environment" in problems() and "mode='server' works" in problems()
-    assert "max_model_len=100 is below the longest row, 160 tokens" in problems(max_model_len=100)
