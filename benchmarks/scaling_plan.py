@@ -184,11 +184,12 @@ def activations() -> str:
         "| model | KiB a token and layer | GiB of 8,192 tokens | with checkpointing | LM head | cache, GiB of 65,536 tokens |",
         "|---" * 6 + "|",
     ]
-    from posttrain.models.logprobs import CHUNK_BYTES
+    from posttrain.models.logprobs import CHUNK_BYTES, KEPT_BYTES
 
     for name, shape in LLAMA.items():
         row = [costs.activations(shape, 8192, 2, checkpointing=checkpointing) / GIB for checkpointing in (False, True)]
-        head, cache = costs.head_memory(shape, 2, CHUNK_BYTES["cuda"]) / GIB, costs.cache_memory(shape, 65536, 2) / GIB
+        head = costs.head_memory(shape, 8192, 2, CHUNK_BYTES["cuda"], KEPT_BYTES["cuda"]) / GIB
+        cache = costs.cache_memory(shape, 65536, 2) / GIB
         layer = costs.layer_activations(shape, 2) / 1024
         lines.append(f"| {name} | {layer:.0f} | {row[0]:.1f} | {row[1]:.1f} | {head:.1f} | {cache:.1f} |")
     return "\n".join(lines)

@@ -233,10 +233,11 @@ def activations(
     return tokens * (kept + ends + backward) + copies
 
 
-def head_memory(shape: Shape, weight_bytes: int, chunk_bytes: float, *, is_trained: bool = True) -> float:
-    """The LM head while it works: one chunk of fp32 logits (`posttrain.models.logprobs.CHUNK_BYTES`) and its copy in bf16, the fp32
-    gradient of its weights and, where the embeddings are the same weights, theirs. No term in N x V."""
-    chunk = chunk_bytes * (1 if weight_bytes == 4 else 1.5)
+def head_memory(shape: Shape, tokens: float, weight_bytes: int, chunk_bytes: float, kept_bytes: float, *, is_trained: bool = True) -> float:
+    """The LM head while it works: two chunks of fp32 logits and a copy of one in bf16, the logits that are kept for the backward
+    (`CHUNK_BYTES` and `KEPT_BYTES` of `posttrain.models.logprobs`), the fp32 gradient of its weights and, where the embeddings are the
+    same weights, theirs. What grows with N x V ends at a constant."""
+    chunk = chunk_bytes * (2 if weight_bytes == 4 else 2.5) + is_trained * min(kept_bytes, FP32 * shape.vocabulary * tokens)
     gradient = FP32 * shape.table + (weight_bytes if weight_bytes == 2 else 0) * shape.table
     return chunk + is_trained * (gradient + weight_bytes * shape.table * shape.tied)
 
@@ -311,10 +312,9 @@ def forward_flops(shape: Shape, tokens: Tokens) -> float:
 
 def training_flops(shape: Shape, tokens: Tokens, *, checkpointing: bool = False, frozen_base: bool = False) -> float:
     """Forward and backward: 3 times the forward in the trunk, and 3.5 times in attention, whose backward computes the scores again
-    (FlashAttention-2, arXiv 2307.08691, section 4.1). The head computes logits twice, but once for a sum or a single
-    chunk. Checkpointing computes the trunk and its
-    attention once more, but for the last matrix of each layer, whose output nobody needs again; under an adapter frozen weights
-    have no gradient, which saves one of the three."""
+    (FlashAttention-2, arXiv 2307.08691, section 4.1). The head computes logits twice, but once for a sum, and for chunks that it
+    kept, which aren't told apart here. Checkpointing computes the trunk and its attention once more, but for the last matrix of each
+    layer, whose output nobody needs again; under an adapter frozen weights have no gradient, which saves one of the three."""
     saved = 1 if frozen_base else 0
     again = (shape.trunk - shape.layers * shape.hidden * shape.inner) * checkpointing
     trunk = 2 * ((3 - saved) * shape.trunk + again) * tokens.count

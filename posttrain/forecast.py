@@ -238,7 +238,7 @@ def fullest_row(work: Work, ranks: int) -> int:
 
 def row_memory(role: Role, model: Model, tokens: int, place: Place) -> dict[str, float]:
     """What one packed row adds in an update."""
-    from posttrain.models.logprobs import CHUNK_BYTES
+    from posttrain.models.logprobs import CHUNK_BYTES, KEPT_BYTES
 
     autocast = model.weight_bytes == 2 and (place.sharding.level == 0 or role.model.adapter.rank > 0)
     row = costs.activations(
@@ -250,7 +250,8 @@ def row_memory(role: Role, model: Model, tokens: int, place: Place) -> dict[str,
         repeats_keys=place.device == "cpu",
     )
     whole = not role.model.adapter.rank
-    head = 0.0 if role.is_scalar else costs.head_memory(model.shape, model.weight_bytes, CHUNK_BYTES[place.device], is_trained=whole)
+    logits = CHUNK_BYTES[place.device], KEPT_BYTES[place.device]
+    head = 0.0 if role.is_scalar else costs.head_memory(model.shape, tokens, model.weight_bytes, *logits, is_trained=whole)
     return {f"activations of {tokens:,} tokens": row, "LM head": head}
 
 

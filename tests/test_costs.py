@@ -210,6 +210,7 @@ def test_the_zero_papers_volumes():
 @pytest.mark.parametrize(("children", "checkpointing", "want"), [(0, False, "nll"), (0, True, "logprobs"), (3, False, "logprobs")])
 def test_flops_are_those_that_torch_counts(children, checkpointing, want, monkeypatch):
     monkeypatch.setattr(logprobs, "CHUNK_BYTES", {"cpu": 16 * 4 * shape().vocabulary})
+    monkeypatch.setattr(logprobs, "KEPT_BYTES", {"cpu": 0})
     model = jobs.packed(layers=3, hidden=64).train()
     model.set_gradient_checkpointing(checkpointing)
     length = 40

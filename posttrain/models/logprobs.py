@@ -1,8 +1,8 @@
 """Token log-probabilities without the (N, V) logits: the LM head, applied in chunks, with its own backward.
 
 The head is the only place where a vocabulary-sized number per token exists, and only for one chunk of tokens at a time:
-the forward keeps the chunk's log-sum-exp, the backward computes the chunk's logits again. Two cases need no second time:
-logits that fit one chunk are kept, and a sum of log-probabilities knows its gradient, up to a factor, in the forward.
+the forward keeps the chunk's log-sum-exp, the backward computes the chunk's logits again. Two cases need no second time: the
+chunks that fit a fixed budget are kept, and a sum of log-probabilities knows its gradient, up to a factor, in the forward.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 # Of fp32 logits per chunk. On a CPU a chunk should stay near the caches; on a GPU every chunk costs a pass over the fp32
 # gradient of the head, so chunks are larger.
 CHUNK_BYTES = {"cpu": 64 * 1024**2, "cuda": 512 * 1024**2}
+# Of the first chunks' logits that wait for their backward: a product with the head less for each. At least one chunk.
+KEPT_BYTES = {"cpu": 512 * 1024**2, "cuda": 1024**3}
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,20 @@ class _ChunkedLogprobs(torch.autograd.Function):
         transform: LogitTransform,
         entropy: bool,
         dtype: torch.dtype,
+        differentiate: bool,
     ) -> tuple[Tensor, Tensor | None]:
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         normalizer = torch.empty_like(logprobs)
         entropies = torch.empty_like(logprobs) if entropy else None
         head = _Head(weight.detach().to(dtype), bias, transform)
-        parts = chunks(hidden, len(weight))
-        for part in parts:
+        kept: list[Tensor] = []  # of the first chunks
+        # a cap's chain rule needs the logits as they were before the temperature
+        keep = KEPT_BYTES[_kind(hidden)] // (4 * len(weight)) if differentiate and not transform.softcap else 0
+        for part in chunks(hidden, len(weight)):
             logits = head.logits(hidden[part]).div_(temperature)  # (c, V) fp32
+            if part.stop <= keep:
+                kept.append(logits)
+                head.buffers.pop("logits")
             top = logits.amax(-1, keepdim=True)
             exponentials = torch.sub(logits, top, out=head.scratch(logits)).exp_()
             sums = exponentials.sum(-1)
@@ -80,7 +88,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         # and fills it again before the backward, and a saved view would still look at the emptied one.
         ctx.weight, ctx.bias = weight, bias
         ctx.temperature, ctx.transform, ctx.dtype = temperature, transform, dtype
-        ctx.logits = logits if len(parts) == 1 and not transform.softcap else None  # a cap's chain rule needs others
+        ctx.kept = kept
         ctx.save_for_backward(hidden, targets, normalizer)
         if entropies is not None:
             ctx.mark_non_differentiable(entropies)
@@ -91,10 +99,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
         hidden, targets, normalizer = ctx.saved_tensors
         head = _Head(ctx.weight.detach().to(ctx.dtype), ctx.bias, ctx.transform)
         gradients = _Gradients(hidden, head, ctx.needs_input_grad)
+        kept, ctx.kept = ctx.kept[::-1], []  # overwritten below, so never read a second time
         for part in chunks(hidden, len(head.matrix)):
-            transformed, ctx.logits = ctx.logits, None  # overwritten below, so never read a second time
-            logits = head.logits(hidden[part]) if transformed is None else transformed
-            if transformed is None:
+            if kept:
+                logits = transformed = kept.pop()
+            else:
+                logits = head.logits(hidden[part])
                 transformed = logits.clone() if ctx.transform.softcap else logits
                 logits.div_(ctx.temperature)
             # d logprob / d logits = onehot(target) - softmax, times 1 / temperature
@@ -102,7 +112,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             grad.scatter_add_(-1, targets[part, None], grad.new_ones(len(grad), 1))
             grad.mul_(grads[0][part, None] / ctx.temperature)
             gradients.add(part, ctx.transform.backward_(grad, transformed))
-        return *gradients.like(ctx.weight, ctx.bias), *(None,) * 5
+        return *gradients.like(ctx.weight, ctx.bias), *(None,) * 6
 
 
 class _ChunkedNLL(torch.autograd.Function):
@@ -147,11 +157,14 @@ class _ChunkedNLL(torch.autograd.Function):
 
 def chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
     """Consecutive parts of `hidden (M, d)` whose logits stay within CHUNK_BYTES, of equal length but for one token."""
-    budget = CHUNK_BYTES["cuda" if hidden.is_cuda else "cpu"]
-    count, size = len(hidden), max(1, budget // (4 * vocabulary))
+    count, size = len(hidden), max(1, CHUNK_BYTES[_kind(hidden)] // (4 * vocabulary))
     number = -(-count // size)
     cuts = [-(-count * i // number) for i in range(number + 1)]  # rounded up: the first chunk is a longest one
     return [slice(start, end) for start, end in pairwise(cuts)]
+
+
+def _kind(tensor: Tensor) -> str:
+    return "cuda" if tensor.is_cuda else "cpu"
 
 
 class _Head:
@@ -253,13 +266,13 @@ class TokenLogprobs(nn.Linear):
             return super().forward(hidden)
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        parameters = (hidden, self.weight, self.bias, targets)
+        parameters, differentiate = (hidden, self.weight, self.bias, targets), torch.is_grad_enabled()
         if counted is None:
-            return _ChunkedLogprobs.apply(*parameters, temperature, self.transform, entropy, dtype)
+            return _ChunkedLogprobs.apply(*parameters, temperature, self.transform, entropy, dtype, differentiate)
         if len(chunks(hidden, len(self.weight))) == 1:  # its logits are kept, which is as good
-            logprobs, _ = _ChunkedLogprobs.apply(*parameters, 1.0, self.transform, False, dtype)
+            logprobs, _ = _ChunkedLogprobs.apply(*parameters, 1.0, self.transform, False, dtype, differentiate)
             return -torch.where(counted, logprobs, 0).sum()
-        return _ChunkedNLL.apply(*parameters, counted, self.transform, dtype, torch.is_grad_enabled())
+        return _ChunkedNLL.apply(*parameters, counted, self.transform, dtype, differentiate)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits (M, V) in fp32, after the family's transform: what a sampler draws from."""

@@ -17,7 +17,8 @@ TOKENS, WIDTH, WORDS = 37, 12, 50
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 4 * WORDS * 5, "cuda": 4 * WORDS * 5})  # five tokens
+    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 4 * WORDS * 5})  # five tokens
+    monkeypatch.setattr(module, "KEPT_BYTES", {"cpu": 4 * WORDS * 12})  # the first two chunks
 
 
 def inputs(bias: bool = False) -> tuple[nn.Linear, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -148,7 +149,8 @@ def test_the_sum_equals_the_naive_one_with_gradients(transform, bias, chunk_toke
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_the_sum_costs_one_product_less() -> None:
+def test_the_sum_costs_one_product_less(monkeypatch) -> None:
+    monkeypatch.setattr(module, "KEPT_BYTES", {"cpu": 0})
     head, hidden, targets, _ = inputs()
     chunked = TokenLogprobs.take_over(head, LogitTransform())
     everything = torch.ones(TOKENS, dtype=torch.bool)
@@ -171,13 +173,15 @@ def test_a_sum_without_gradient_needs_no_second_product() -> None:
     assert counter.get_total_flops() == 2 * TOKENS * WIDTH * WORDS
 
 
-def test_logits_of_one_chunk_are_computed_once_and_can_be_differentiated_twice(monkeypatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 4 * WORDS * TOKENS})
+@pytest.mark.parametrize(("chunk_tokens", "kept_tokens", "computed_again"), [(TOKENS, TOKENS, 0), (5, 0, 37), (5, 12, 27), (5, 36, 4)])
+def test_kept_logits_are_computed_once_and_can_be_differentiated_twice(chunk_tokens, kept_tokens, computed_again, monkeypatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 4 * WORDS * chunk_tokens})
+    monkeypatch.setattr(module, "KEPT_BYTES", {"cpu": 4 * WORDS * kept_tokens})
     head, hidden, targets, weights = inputs()
     loss = (TokenLogprobs.take_over(head, LogitTransform())(hidden, targets)[0] * weights).sum()
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product}) as counter:
         first = torch.autograd.grad(loss, [hidden, head.weight], retain_graph=True)
-    assert counter.get_total_flops() == 2 * 2 * TOKENS * WIDTH * WORDS
+    assert counter.get_total_flops() == 2 * (2 * TOKENS + computed_again) * WIDTH * WORDS
     for again, once in zip(torch.autograd.grad(loss, [hidden, head.weight]), first):
         assert torch.equal(again, once)
 
