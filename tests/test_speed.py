@@ -1,7 +1,7 @@
 """What must not get slower: ratios inside one run of benchmarks/regression.py.
 
 FLOPs are counted and the same in every run, so they are held tightly. Times are held with margins that a busy machine can't
-reach: a ratio that is usually 2 fails below 1.2.
+reach: a ratio that is usually 2 fails below 1.4.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def test_an_update_makes_no_flops_that_the_mathematics_does_not_need(found, stag
     assert 0.99 < found[stage]["counted_over_needed"] < most
 
 
-@pytest.mark.parametrize(("stage", "least"), (("sft", 1.2), ("dpo", 1.3)))
+@pytest.mark.parametrize(("stage", "least"), (("sft", 1.4), ("dpo", 1.6)))
 def test_an_update_is_faster_than_the_padded_loop(found, stage, least):
     assert max(found[stage]["speed"], found[stage]["speed_min"]) > least
 
@@ -83,4 +83,4 @@ def test_nothing_heavy_is_imported_before_it_is_needed(found):
     """In units of `import torch`, which takes a second: the package, a recipe with all its stages, and that recipe's --plan."""
     assert found["start_up"]["posttrain"] < 0.1
     assert found["start_up"]["recipe"] < 1.9
-    assert found["start_up"]["plan"] < 6
+    assert found["start_up"]["plan"] < 5
