@@ -60,21 +60,22 @@ def sample_responses(
     from posttrain.rollout.local import SamplingInterrupted
 
     try:
-        rollout = sampler_of(sampling)(
-            policy,
-            prompts,
-            sampling,
-            world=run.engine.world,
-            seed=run.seed,
-            iteration=iteration,
-            samples_per_prompt=samples_per_prompt,
-            first_prompt=first_prompt,
-            stop_ids=chat.end_of_turn_ids,
-            decode=chat.decode_response,
-            progress=lambda now: run.note(f"{policy.name}: {now}"),
-            interrupted=run.stop_requested,
-            on_response=on_response,
-        )
+        with run.timed("sampling"):
+            rollout = sampler_of(sampling)(
+                policy,
+                prompts,
+                sampling,
+                world=run.engine.world,
+                seed=run.seed,
+                iteration=iteration,
+                samples_per_prompt=samples_per_prompt,
+                first_prompt=first_prompt,
+                stop_ids=chat.end_of_turn_ids,
+                decode=chat.decode_response,
+                progress=lambda now: run.note(f"{policy.name}: {now}"),
+                interrupted=run.stop_requested,
+                on_response=on_response,
+            )
     except SamplingInterrupted:
         run.heed_stop()
         raise
