@@ -33,7 +33,8 @@ def jobs(data: Path, work: Path, rows: int, quick: bool) -> dict[str, dict[str, 
         "sft": (shapes.demonstrations(data, rows), {"count": rows}),
         "dpo": (shapes.comparisons(data, few, 2), {"count": few}),
         "reward_model": (shapes.comparisons(data, few, 2), {"count": few}),
-        "reward_model_k4": (shapes.comparisons(data, few, 4), {"count": few}),
+        # their six pairs of long rows would not fit in 24 GB of memory otherwise
+        "reward_model_k4": (shapes.comparisons(data, max(1, few // 2), 4), {"count": max(1, few // 2)}),
         "grpo": (shapes.prompts(data, 2), {"count": 2, "group": GROUP, "new_tokens": 32 if quick else 128}),
     }
     return {name: {"stage": name, "rows": shapes.write(work / f"{name}.jsonl", rows), **sizes} for name, (rows, sizes) in made.items()}
@@ -133,12 +134,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="demonstrations per SFT step; a fourth of it comparisons")
     parser.add_argument("--steps", type=int, default=5, help="measured steps, after 2 of warm-up")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--stages", nargs="*", default=[])
+    parser.add_argument("--stages", nargs="*", default=[], help="only these; the file of --json keeps the others")
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data" / "gsm8k")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     layers, rows, steps = (2, 4, 3) if args.quick else (args.layers, args.rows, args.steps)
-    results = {}
+    is_a_part = args.stages and args.json and args.json.exists()
+    results = json.loads(args.json.read_text()) if is_a_part else {}
+    results["machine"] = {"threads": args.threads, "layers": layers, "steps": steps}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         texts = [row["question"] + row["answer"] for row in shapes.read(args.data / "train.jsonl")]
@@ -150,12 +153,13 @@ def main() -> None:
             job["tokens"] = real_tokens(job)
             results[name] = compare(name, job, 1 if args.quick else 2, steps, args.threads)
             print(table({name: results[name]}), flush=True)
-    print(table(results))
+            if args.json:
+                args.json.write_text(json.dumps(results, indent=2) + "\n")
+    compared = {name: found for name, found in results.items() if name != "machine"}
+    print(table(compared))
     if args.json:
-        args.json.write_text(
-            json.dumps({**results, "machine": {"threads": args.threads, "layers": layers, "steps": steps}}, indent=2) + "\n"
-        )
-        draw(results, args.json.with_suffix(".png"))
+        args.json.with_suffix(".md").write_text(table(compared) + "\n")
+        draw(compared, args.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":
