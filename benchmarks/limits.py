@@ -223,6 +223,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--stages", nargs="*", default=[], help="only the updates of these")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data" / "gsm8k")
     parser.add_argument("--json", type=Path)
@@ -241,6 +242,8 @@ def main() -> None:
         scalar = shapes.scalar_folder(work / "scalar", model)
         warmup = 1 if args.quick else 2
         for name, job in (jobs(args.data, work, rows, args.quick) | {"ppo": ppo_job(args.data, work, args.quick)}).items():
+            if args.stages and name not in args.stages:
+                continue
             job |= {"model": str(model), "scalar": str(scalar), "work": folder}
             if "new_tokens" in job:
                 found = trained_rollouts(job, layers, warmup, steps, args.threads)
@@ -253,6 +256,7 @@ def main() -> None:
     print(table(results))
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
+        args.json.with_suffix(".md").write_text(table(results) + "\n")
         draw(results, args.json.with_suffix(".png"))
 
 
