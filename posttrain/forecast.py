@@ -22,7 +22,7 @@ from posttrain.estimates import count_parameters
 from posttrain.models.described import config_of
 from posttrain.speed import matmul_flops, read_rate
 
-EFFICIENCY, SAMPLING_EFFICIENCY = 0.5, 0.3
+EFFICIENCY, SAMPLING_EFFICIENCY = 0.6, 0.33
 GIB = 2**30
 MOST_PROCESSES = 512  # that are tried when something doesn't fit
 
