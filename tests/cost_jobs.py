@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from posttrain.config import OptimizerConfig
 from posttrain.engine import Engine
@@ -25,7 +25,8 @@ SMALL = 1000  # bytes; losses, norms and flags of an update travel too
 def held_storages() -> dict[int, int]:
     """Bytes of every tensor storage of this process by its address; gradients have no Python object of their own until asked for."""
     gc.collect()
-    found = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    # neither what tracing left behind, which has no storage of its own, nor any other subclass
+    found = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
     found += [tensor.grad for tensor in found if tensor.is_leaf and tensor.grad is not None]
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in found}
 

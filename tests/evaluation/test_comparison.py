@@ -200,9 +200,10 @@ def noted(monkeypatch: pytest.MonkeyPatch, fails_at: tuple[str, str] = ("", ""))
 
 @pytest.mark.parametrize("task", ["gold", "pretraining"])
 def test_an_interrupted_comparison_goes_on_with_the_next_task(config, evaluated, tmp_path, monkeypatch, task):
-    done = noted(monkeypatch, fails_at=("sft", task))
+    done, run = noted(monkeypatch, fails_at=("sft", task)), run_in(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(config, run_in(tmp_path))
+        evaluate(config, run)
+    run.engine.wait_for_files()  # as a process does before it ends
     path = evaluate(config, run_in(tmp_path))
     everything = [(name, task) for name in ("base", "sft") for task in ("gold", "pretraining")]
     place = everything.index(("sft", task))

@@ -52,7 +52,9 @@ def test_rule_11_the_tiny_recipe_runs_its_whole_life_cycle_without_network(smoke
     assert [point["n"] for point in evaluation["overoptimisation"]["best_of_n"]["points"]] == [1, 2, 4]
     assert report["stages"]["ppo"]["optimizer_steps"] == 4
     page = (smoked / "report.html").read_text()
-    assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
+    for known in ("http://www.w3.org", "http://127.0.0.1:8000"):  # a namespace, and the default of a config that isn't used
+        page = page.replace(known, "")
+    assert "<svg" in page and "http://" not in page
 
 
 def test_rule_11_every_evaluated_response_can_be_scored_again(smoked: Path):
