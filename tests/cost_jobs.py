@@ -25,8 +25,8 @@ SMALL = 1000  # bytes; losses, norms and flags of an update travel too
 def held_storages() -> dict[int, int]:
     """Bytes of every tensor storage of this process by its address; gradients have no Python object of their own until asked for."""
     gc.collect()
-    # neither what tracing left behind, which has no storage of its own, nor any other subclass
-    found = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+    found = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter) and thing.layout == torch.strided]
+    found = [thing for thing in found if not torch._is_functional_tensor(thing)]  # tracing leaves some behind, without storage
     found += [tensor.grad for tensor in found if tensor.is_leaf and tensor.grad is not None]
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in found}
 
