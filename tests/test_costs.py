@@ -151,7 +151,7 @@ def test_the_cache_is_as_large_as_the_samplers():
     model, prompts = jobs.packed("mistral"), [list(range(5, 15))] * 3
     wave = local.Decoder(model.eval(), prompts, [0, 0, 0], [(0, n) for n in range(3)], SamplingConfig(max_new_tokens=6), "cpu")
     with torch.inference_mode():
-        wave.run(local.Ending([], (), None), local._Meter(3, 6, None))
+        wave.run(local.Ending([], (), None), local.Meter(3, 6, None))
     held = sum(buffer.nbytes for layer in wave.cache.layers.values() for buffer in layer)
     assert held == costs.cache_memory(shape(family="mistral"), 3 * (10 + 6), 4)
 

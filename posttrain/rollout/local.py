@@ -117,12 +117,10 @@ def sample(
     """
     asked = [list(prompt) for prompt in prompts]
     check_prompts(asked, config, model.module.longest_row)
-    if config.stop and decode is None:
-        raise ValueError(f"stop={config.stop} needs decode=, the function that turns token ids into text; chat.decode works")
     lengths = [len(prompt) for prompt in asked]
     ends = Ending(stop_ids, config.stop, decode)
     mine = share(lengths, samples_per_prompt, world.size)[world.rank]
-    meter = _Meter(len(mine), config.max_new_tokens, progress)
+    meter = Meter(len(mine), config.max_new_tokens, progress)
     sampled: list[Response] = []
     stopped = False
     with model.gathered(), torch.inference_mode(), prepacked(model.module):
@@ -249,9 +247,14 @@ def unlikely(probabilities: Tensor, top_p: float, among: int = LIKELY_TOKENS) ->
 
 
 class Ending:
-    """Whether a response has ended: at a stop id, or where its text contains a stop string."""
+    """Whether a response has ended: at a stop id, or where its text contains a stop string.
+
+    Raises ValueError for stop strings without `decode`.
+    """
 
     def __init__(self, stop_ids: Sequence[int], strings: Sequence[str], decode: Callable[[list[int]], str] | None) -> None:
+        if strings and decode is None:
+            raise ValueError(f"stop={strings} needs decode=, the function that turns token ids into text; chat.decode works")
         self.stop_ids = frozenset(stop_ids)
         self.strings = tuple(strings)
         self.decode = decode
@@ -312,7 +315,7 @@ class Decoder:
         self.present = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=device)  # (R, V), or (R, 0) without a penalty
         self.tell: Callable[[int, list[int]], None] | None = None  # called with a row and its tokens when it has ended
 
-    def run(self, ends: Ending, meter: _Meter, interrupted: Callable[[], bool] | None = None) -> bool:
+    def run(self, ends: Ending, meter: Meter, interrupted: Callable[[], bool] | None = None) -> bool:
         """Sample until every response has ended. False when it was interrupted."""
         hidden = self._prefill()
         for step in range(self.config.max_new_tokens):
@@ -365,35 +368,36 @@ class Decoder:
             reshape(logits, present if self.drawing.presence_penalty else None, self.config.temperature, self.drawing)
         return draw(logits, uniform, self.config.temperature)
 
-    def _record(self, tokens: list[int], logprobs: list[float], ends: Ending, meter: _Meter) -> list[bool]:
+    def _record(self, tokens: list[int], logprobs: list[float], ends: Ending, meter: Meter) -> list[bool]:
         """Append to the responses; which rows go on."""
-        alive = []
+        alive, ended = [], []
         for row, token, logprob in zip(self.rows, tokens, logprobs):
             response = self.responses[row]
             response.tokens.append(token)
             response.logprobs.append(logprob)
             response.finished = ends(response.tokens)
             alive.append(not response.finished)
-            if self.tell is not None and (response.finished or len(response.tokens) == self.config.max_new_tokens):
-                self.tell(row, response.tokens)
-        meter.step([self.responses[row] for row in self.rows])
+            if response.finished or len(response.tokens) == self.config.max_new_tokens:
+                ended.append(len(response.tokens))
+                if self.tell is not None:
+                    self.tell(row, response.tokens)
+        meter.count(len(tokens), ended)
         return alive
 
 
-class _Meter:
-    """Counts tokens and tells the callback a few times a second."""
+class Meter:
+    """Counts tokens and responses and tells the callback a few times a second."""
 
     def __init__(self, responses: int, max_new_tokens: int, report: Callable[[SamplingProgress], None] | None) -> None:
         self.responses, self.max_new_tokens, self.report = responses, max_new_tokens, report
         self.tokens = self.ended = self.saved = 0
         self.begin = self.reported = time.perf_counter()
 
-    def step(self, rows: Sequence[Response]) -> None:
-        self.tokens += len(rows)
-        for row in rows:
-            if row.finished or len(row.tokens) == self.max_new_tokens:
-                self.ended += 1
-                self.saved += self.max_new_tokens - len(row.tokens)
+    def count(self, tokens: int, ended: Sequence[int]) -> None:
+        """So many more tokens were sampled, and responses of these lengths have ended."""
+        self.tokens += tokens
+        self.ended += len(ended)
+        self.saved += sum(self.max_new_tokens - length for length in ended)
         now = time.perf_counter()
         if self.report is None or (now - self.reported < REPORT_SECONDS and self.ended < self.responses):
             return
@@ -401,4 +405,4 @@ class _Meter:
         rate = self.tokens / max(now - self.begin, 1e-9)
         # what is left if no other response ended early
         left = self.responses * self.max_new_tokens - self.tokens - self.saved
-        self.report(SamplingProgress(self.ended, self.responses, self.tokens, rate, left / rate))
+        self.report(SamplingProgress(self.ended, self.responses, self.tokens, rate, left / max(rate, 1e-9)))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from posttrain.engine.tally import Tally
+from posttrain.rollout.experience import TOO_FAR
 
 if TYPE_CHECKING:
     from posttrain.config import SamplingConfig
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from posttrain.packing import PackedBatch
 
 PIECE = 2**22
-OTHER_KERNELS = 0.1  # mean |log ratio| to vLLM, whose dtype isn't known here: bf16 gives up to 0.05, another temperature or model far more
 
 
 class FirstStep:
@@ -43,7 +43,7 @@ class FirstStep:
         """
         if not self.is_due:
             return
-        sampler_limit = self.limit if self.is_own_sampler else OTHER_KERNELS
+        sampler_limit = self.limit if self.is_own_sampler else TOO_FAR
         for who, logprobs, limit in (("the sampler", sampled, sampler_limit), ("the reference", ref_logprobs, self.limit)):
             if not len(logprobs):  # no reference
                 continue

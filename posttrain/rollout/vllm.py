@@ -8,7 +8,6 @@ seed, from (seed, iteration, prompt index), but how vLLM batches requests change
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,14 +15,7 @@ import numpy as np
 import torch
 
 from posttrain.config import SamplingConfig
-from posttrain.rollout.local import (
-    REPORT_SECONDS,
-    Ending,
-    Rollout,
-    SamplingInterrupted,
-    SamplingProgress,
-    check_prompts,
-)
+from posttrain.rollout.local import Ending, Meter, Rollout, SamplingInterrupted, SamplingProgress, check_prompts
 from posttrain.rollout.vllm_colocated import Colocated, colocation_problems, open_colocated
 from posttrain.rollout.vllm_server import Request, Sampled, Server, VLLMError, open_server, server_problems
 
@@ -63,15 +55,14 @@ def sample(
     """
     asked = [list(prompt) for prompt in prompts]
     check_prompts(asked, config, model.module.longest_row)
-    if config.stop and decode is None:
-        raise ValueError(f"stop={config.stop} needs decode=, the function that turns token ids into text; chat.decode works")
+    ends = Ending(stop_ids, config.stop, decode)
     sampler = connect(model, config, world)
     sampler.load(model)
     mine = sampler.share(len(asked), world)
     keys = [(seed, iteration, first_prompt + p) for p in mine]
     count = samples_per_prompt if config.temperature else 1  # greedy responses are all alike: vLLM refuses to give several
     requests = [Request(asked[p], count, seed_of(key)) for p, key in zip(mine, keys)]
-    ends, meter = Ending(stop_ids, config.stop, decode), Meter(len(mine) * samples_per_prompt, config.max_new_tokens, progress)
+    meter = Meter(len(mine) * samples_per_prompt, config.max_new_tokens, progress)
     share: dict[int, tuple[list[int], np.ndarray, bool]] = {}
     stopped, failure = False, ""
     try:
@@ -82,7 +73,7 @@ def sample(
             n, responses = answer or (0, [])  # nothing new
             for b, response in enumerate(responses * (samples_per_prompt // count), mine[n] * samples_per_prompt):
                 share[b] = cut(response, ends, config)
-                meter.count(len(share[b][0]))
+                meter.count(len(share[b][0]), [len(share[b][0])])
                 if on_response is not None and sampler.speaks:
                     on_response(b, share[b][0])
     except VLLMError as error:
@@ -133,22 +124,3 @@ def cut(response: Sampled, ends: Ending, config: SamplingConfig) -> tuple[list[i
             "over; --generation-config vllm leaves the model's own limits out"
         )
     return tokens, np.asarray(logprobs, dtype=np.float32), finished
-
-
-class Meter:
-    """Counts ended responses and tells the callback a few times a second."""
-
-    def __init__(self, responses: int, max_new_tokens: int, report: Callable[[SamplingProgress], None] | None) -> None:
-        self.responses, self.max_new_tokens, self.report = responses, max_new_tokens, report
-        self.ended = self.tokens = 0
-        self.begin = self.reported = time.perf_counter()
-
-    def count(self, tokens: int) -> None:
-        self.ended, self.tokens = self.ended + 1, self.tokens + tokens
-        now = time.perf_counter()
-        if self.report is None or (now - self.reported < REPORT_SECONDS and self.ended < self.responses):
-            return
-        self.reported = now
-        rate = self.tokens / max(now - self.begin, 1e-9)
-        left = (self.responses - self.ended) * self.max_new_tokens  # if no other response ended early
-        self.report(SamplingProgress(self.ended, self.responses, self.tokens, rate, left / max(rate, 1e-9)))
