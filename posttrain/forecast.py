@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from posttrain import costs
 from posttrain.config import ModelConfig, SamplingConfig, replace
 from posttrain.costs import Shape, Sharding, Tokens
-from posttrain.estimates import count_parameters
+from posttrain.estimates import count_parameters, rows_and_tokens
 from posttrain.models.described import config_of
 from posttrain.speed import matmul_flops, read_rate
 
@@ -140,6 +140,17 @@ def sampled(config: Any, size: Mapping[str, Any]) -> Sampled:
         prompt=prompt,
         longest_prompt=config.max_prompt_length,
     )
+
+
+def rollouts_plan(config: Any, workload: Callable[[Any, Mapping[str, Any]], Work]) -> dict[str, Any]:
+    """What --plan says of PPO and GRPO (see `sampled`): prompts, an upper bound on tokens, steps, memory and time."""
+    size = rows_and_tokens(config.prompts, "prompt", config.policy.path)
+    work = workload(config, size)
+    if "tokens" in size:
+        tokens = sum(role.trained.count + role.read.count for role in work.roles)
+        size = {"prompts": size["rows"], "optimizer steps": config.num_iterations * config.updates_per_iteration}
+        size["tokens at most"] = round(tokens)
+    return size | forecast(work)
 
 
 # --- what is known

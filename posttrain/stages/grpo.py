@@ -491,16 +491,9 @@ def check(config: GRPOConfig) -> list[str]:
 
 def plan(config: GRPOConfig) -> dict[str, Any]:
     """Prompts, an upper bound on tokens, steps, memory and time."""
-    from posttrain.estimates import rows_and_tokens
-    from posttrain.forecast import forecast
+    from posttrain.forecast import rollouts_plan
 
-    size = rows_and_tokens(config.prompts, "prompt", config.policy.path)
-    work = workload(config, size)
-    if "tokens" in size:
-        tokens = sum(role.trained.count + role.read.count for role in work.roles)
-        size = {"prompts": size["rows"], "optimizer steps": config.num_iterations * config.updates_per_iteration}
-        size["tokens at most"] = round(tokens)
-    return size | forecast(work)
+    return rollouts_plan(config, workload)
 
 
 def workload(config: GRPOConfig, size: Mapping[str, Any]) -> Work:
