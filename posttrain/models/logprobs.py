@@ -18,7 +18,7 @@ from torch import Tensor, nn
 # Of fp32 logits per chunk. On a CPU a chunk should stay near the caches; on a GPU every chunk costs a pass over the fp32
 # gradient of the head, so chunks are larger.
 CHUNK_BYTES = {"cpu": 64 * 1024**2, "cuda": 512 * 1024**2}
-# Of the first chunks' logits that wait for their backward: a product with the head less for each. At least one chunk.
+# Of the first chunks' logits that wait for their backward: a product with the head less for each.
 KEPT_BYTES = {"cpu": 512 * 1024**2, "cuda": 1024**3}
 
 
