@@ -286,7 +286,7 @@ class ModelConfig:
     gradient_checkpointing: bool = runtime(False)
     """Recompute activations in the backward pass: less memory, about a third more time."""
     attention: str = runtime("auto")
-    """auto, tree (per-segment SDPA), flex (FlexAttention, CUDA only) or dense (the reference: memory grows with N squared)."""
+    """auto, tree (FlashAttention per segment, CPU), flex (FlexAttention, CUDA) or dense (the reference: memory grows with N squared)."""
     adapter: AdapterConfig = AdapterConfig()
     """Train a LoRA adapter instead of all weights."""
 

@@ -3,25 +3,25 @@
 The function is registered with transformers' AttentionInterface under `NAME`; a model's forward is given `structure=`,
 which its layers hand down to here. A structure has `longest`, the most tokens that any token attends to, and
 `attend(layer, query (1, H, N, d), key (1, Hkv, N, d), value, scaling) -> (1, N, H, d)`.
-Three structures give the same numbers: `TreeStructure` (per segment, for the CPU), `FlexStructure` (FlexAttention, for
-CUDA) and `DenseStructure` (a boolean mask, the reference).
+Three structures give the same numbers: `TreeStructure` (FlashAttention segment by segment, for the CPU), `FlexStructure`
+(FlexAttention, for CUDA) and `DenseStructure` (a boolean mask, the reference).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from posttrain.packing import Forest
 
 NAME = "posttrain_tree"
-QUERY_BLOCK = 128
 
 # What families pass down besides the tensors, with the values that change nothing. Anything else is refused: a keyword
 # that this function doesn't act on (a window, a cap, a sink) would be a silently different model.
@@ -112,40 +112,88 @@ def segment_tables(forest: Forest) -> tuple[Tensor, Tensor]:
     return segment_of.to(device), visible.to(device)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A run of queries and the run of keys that it reads: a segment and itself, or all that descends from a segment and that segment."""
+
+    queries: slice
+    keys: slice
+    causal: bool
+
+
+def parts_of(forest: Forest) -> list[Part]:
+    """The parts that a row's attention consists of; every token's own segment comes before its ancestors.
+
+    Segments lie in preorder, so that all which descend from one are a single run.
+    """
+    spans = [slice(start, start + length) for start, length in zip(forest.starts, forest.lengths)]
+    ends = [span.stop for span in spans]  # of a segment with all that descends from it
+    for i, parent in reversed(list(enumerate(forest.parents))):
+        if parent >= 0:
+            ends[parent] = max(ends[parent], ends[i])
+    own = [Part(span, span, causal=True) for span in spans]
+    return own + [Part(slice(span.stop, end), span, causal=False) for span, end in zip(spans, ends) if end > span.stop]
+
+
 class TreeStructure:
-    """Scaled-dot-product attention segment by segment over its ancestors and itself."""
+    """FlashAttention in parts: each segment reads itself, and all that descends from a segment reads that segment at once.
+
+    Nothing is masked, and no key or value is copied for the segments and heads that share it. For the CPU.
+    """
 
     def __init__(self, forest: Forest) -> None:
-        self.lengths, self.parents = forest.lengths, forest.parents
+        if forest.input_ids.device.type != "cpu":
+            raise ValueError(f"attention='tree' works on a CPU, not on {forest.input_ids.device}; 'auto' works on both")
         self.longest = longest_path(forest.lengths, forest.parents)
+        self.parts = parts_of(forest)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        key, value = _grouped(key, query.shape[1]), _grouped(value, query.shape[1])
-        # split, not slices: the backward of a slice is a tensor of zeros as long as the whole row
-        queries, keys, values = (x.split(self.lengths, dim=2) for x in (query, key, value))
-        paths: list[tuple[Tensor, Tensor]] = []
-        parts: list[Tensor] = []
-        for i, parent in enumerate(self.parents):
-            path = (keys[i], values[i])
-            if parent >= 0:
-                path = (torch.cat((paths[parent][0], keys[i]), 2), torch.cat((paths[parent][1], values[i]), 2))
-            paths.append(path)
-            parts.extend(_attend_blocks(queries[i], *path, scaling))
-        return torch.cat(parts, dim=2).transpose(1, 2)
+        width = value.shape[-1]
+        value = pad(value, (0, query.shape[-1] - width)) if width != query.shape[-1] else value  # the kernel knows one width
+        return _Flash.apply(query, key, value, self.parts, scaling)[..., :width]
 
 
-def _attend_blocks(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> list[Tensor]:
-    """Queries are the last tokens of the keys. Blocks of queries read the keys up to their own end, not beyond."""
-    length, before = query.shape[2], key.shape[2] - query.shape[2]
-    if before == 0:
-        return [scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)]
-    parts = []
-    for block in query.split(QUERY_BLOCK, dim=2) if length > QUERY_BLOCK else (query,):
-        end = before + block.shape[2]
-        mask = torch.ones(block.shape[2], end, dtype=torch.bool, device=query.device).tril_(before)
-        parts.append(scaled_dot_product_attention(block, key[:, :, :end], value[:, :, :end], attn_mask=mask, scale=scaling))
-        before = end
-    return parts
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class _Flash(torch.autograd.Function):
+    """The parts of a row's attention, merged.
+
+    Softmax over two sets of keys is the mean of the softmaxes over each, weighed by the sums of their exponentials, whose
+    logarithms the kernel returns (FlashAttention-2, arXiv 2307.08691, section 3.1). Given the merged result and logarithm,
+    the kernel's backward pass finds a part's share of the gradients (Ring Attention, arXiv 2310.01889).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: list[Part], scaling: float) -> Tensor:
+        _, heads, count, width = query.shape
+        out = query.new_empty(1, count, heads, width).transpose(1, 2)
+        total = query.new_empty(1, heads, count, dtype=torch.promote_types(query.dtype, torch.float32))  # log-sum-exp
+        for part in parts:
+            at = part.queries
+            found, logsum = FLASH(query[:, :, at], key[:, :, part.keys], value[:, :, part.keys], 0.0, part.causal, scale=scaling)
+            if part.causal:
+                out[:, :, at], total[:, :, at] = found, logsum
+            else:
+                out[:, :, at].lerp_(found, torch.sigmoid(logsum - total[:, :, at])[..., None].to(found.dtype))
+                total[:, :, at] = torch.logaddexp(total[:, :, at], logsum)
+        ctx.save_for_backward(query, key, value, out, total)
+        ctx.parts, ctx.scaling = parts, scaling
+        return out.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, total = ctx.saved_tensors
+        grads = [torch.zeros_like(x) for x in (query, key, value)]
+        for part in ctx.parts:
+            of_queries = (x[:, :, part.queries] for x in (grad[0].transpose(1, 2), query))
+            of_keys = (x[:, :, part.keys] for x in (key, value))
+            merged = (out[:, :, part.queries], total[:, :, part.queries])
+            shares = FLASH_BACKWARD(*of_queries, *of_keys, *merged, 0.0, part.causal, scale=ctx.scaling)
+            for whole, share, at in zip(grads, shares, (part.queries, part.keys, part.keys)):
+                whole[:, :, at] += share
+        return *grads, None, None
 
 
 class FlexStructure:
@@ -198,8 +246,8 @@ def _flex_attention(compiled: bool) -> Any:
 
 
 def structure_for(forest: Forest, kind: str = "auto") -> Structure:
-    """The attention structure of a packed row; `auto` is FlexAttention on CUDA and the tree elsewhere."""
+    """The attention structure of a packed row; `auto` is FlexAttention on CUDA and the tree on a CPU."""
     if kind == "auto":
-        kind = "flex" if forest.input_ids.is_cuda else "tree"
+        kind = {"cuda": "flex", "cpu": "tree"}.get(forest.input_ids.device.type, "dense")
     kinds: dict[str, Callable[[Forest], Structure]] = {"tree": TreeStructure, "dense": DenseStructure, "flex": FlexStructure}
     return kinds[kind](forest)

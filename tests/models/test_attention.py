@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from posttrain.models import attention
-from posttrain.models.attention import DenseStructure, FlexStructure, TreeStructure, block_mask, forest_attention, longest_path
+from posttrain.models.attention import DenseStructure, FlexStructure, TreeStructure, block_mask, forest_attention, longest_path, parts_of
 from posttrain.packing import Forest, Tree, forest, segment
 
 
@@ -75,18 +74,63 @@ def test_segments_may_be_nested_deeper_than_a_prompt_and_its_responses() -> None
     assert longest_path(nested.lengths, nested.parents) == 12
 
 
-def test_long_queries_are_read_in_blocks_without_masked_work(monkeypatch) -> None:
-    sizes = []
-    original = attention.scaled_dot_product_attention
+def nested_row() -> Forest:
+    """One tree of five segments: 0 -> (1 -> (2, 3), 4), and a tree of its own beside it."""
+    flat = row((4, 3, 2, 5, 6), (3,))
+    before = torch.arange(-1, 22)
+    before[[0, 4, 7, 9, 14, 20]] = torch.tensor([0, 3, 6, 6, 3, 20])
+    return replace(flat, parents=[-1, 0, 1, 1, 0, -1], predecessor=before)
 
-    def spy(query, key, value, **options):
-        sizes.append((query.shape[2], key.shape[2]))
-        return original(query, key, value, **options)
 
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", spy)
-    packed = row((50, 300))
-    TreeStructure(packed).attend(0, *tensors(packed.num_tokens), 0.25)
-    assert sizes == [(50, 50), (128, 178), (128, 306), (44, 350)]
+def test_what_descends_from_a_segment_reads_it_as_one_run_and_nothing_is_read_in_vain() -> None:
+    for packed in (row((5, 3, 4), (7,), (2, 1, 1, 6)), nested_row()):
+        seen = torch.zeros(packed.num_tokens, packed.num_tokens, dtype=torch.int)
+        for part in parts_of(packed):
+            block = torch.ones(part.queries.stop - part.queries.start, part.keys.stop - part.keys.start, dtype=torch.int)
+            seen[part.queries, part.keys] += block.tril() if part.causal else block
+        assert torch.equal(seen, DenseStructure(packed).mask.int()), "every visible pair once, and no other"
+    assert len(parts_of(nested_row())) == 6 + 2
+
+
+@pytest.mark.parametrize("packed", [row((3, 2, 4)), nested_row()], ids=["prompt and responses", "nested"])
+def test_tree_gradients_equal_finite_differences(packed) -> None:
+    inputs = [x.detach().double().requires_grad_() for x in tensors(packed.num_tokens, width=3)]
+    assert torch.autograd.gradcheck(lambda *given: TreeStructure(packed).attend(0, *given, 0.5), inputs)
+
+
+def test_scores_far_apart_are_merged_without_overflow() -> None:
+    packed = row((6, 4, 3))
+    query, key, value = (x.detach() for x in tensors(packed.num_tokens))
+    found = TreeStructure(packed).attend(0, query, key, value, 60.0)
+    torch.testing.assert_close(found, slow_attention(packed, query, key, value, 60.0), rtol=1e-4, atol=1e-4)
+
+
+def test_values_may_be_narrower_than_keys() -> None:
+    packed = row((6, 4, 3))
+    query, key, value = (x.detach() for x in tensors(packed.num_tokens))
+    narrow = value[..., :10]
+    found = TreeStructure(packed).attend(0, query, key, narrow, 0.25)
+    torch.testing.assert_close(found, DenseStructure(packed).attend(0, query, key, narrow, 0.25), rtol=1e-5, atol=1e-5)
+
+
+def test_the_graph_keeps_no_copy_of_keys_or_values() -> None:
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    packed = row((100, 30, 30, 30))
+    query, key, value = tensors(packed.num_tokens)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = TreeStructure(packed).attend(0, query, key, value, 0.25)
+    sums = 4 * query.shape[1] * packed.num_tokens
+    assert sum(kept.values()) == sums + sum(x.untyped_storage().nbytes() for x in (query, key, value, out))
+
+
+def test_the_tree_is_refused_elsewhere_than_on_a_cpu() -> None:
+    with pytest.raises(ValueError, match="attention='tree' works on a CPU, not on meta"):
+        TreeStructure(row((5, 3)).to("meta"))
 
 
 @pytest.mark.parametrize("shapes", [((200, 150, 3, 90), (20,), (300,)), ((384, 128),), ((100, 30), (2, 1, 1, 1))])
