@@ -60,12 +60,11 @@ def sweeps(quick: bool) -> dict[str, list[dict[str, Any]]]:
 
     def compared(responses: int) -> dict[str, Any]:
         rows = [comparison(128, 64, responses, seed) for seed in range(base)]
-        return {**sft(rows), "stage": "reward_model", "paths": base * responses * (128 + 64)}
+        return {**sft(rows), "stage": "reward_model"}
 
     def sampled(group: int) -> dict[str, Any]:
         asked = [{"prompt": text(64, seed)} for seed in range(2)]
-        new = 16 if quick else 64
-        return {**sft(asked), "stage": "grpo", "group": group, "new_tokens": new, "paths": 2 * group * (64 + new)}
+        return {**sft(asked), "stage": "grpo", "group": group, "new_tokens": 16 if quick else 64}
 
     return {
         "rows": [many(k) for k in grow],
@@ -91,8 +90,7 @@ def measure(point: dict[str, Any], work: Path, threads: int, steps: int) -> dict
     alternate([side], 1, steps)
     tokens = side.steps[-1]["tokens"]
     updated = tokens - len(point["data"]) * point.get("group", 0) * point.get("new_tokens", 0)  # what was sampled is counted twice
-    paths = costs.Tokens(count=point.get("paths", 0))
-    formula = costs.activations(model_shape(model), updated, costs.FP32, repeats_keys=True, paths=paths)
+    formula = costs.activations(model_shape(model), updated, costs.FP32)
     found = {"stage": point["stage"], "tokens": tokens, **shape, "rows": len(point["data"]), "formula_bytes": formula}
     return {**found, **side.summary(1, tokens)}
 

@@ -193,44 +193,31 @@ def adapter_parameters(shape: Shape, rank: int) -> int:
     return rank * shape.layers * ((d + a) * 2 + (d + k) * 2 + (d + i) * (3 if shape.gated else 2))
 
 
-def layer_activations(shape: Shape, weight_bytes: int, *, autocast: bool = False, repeats_keys: bool = False) -> float:
+def layer_activations(shape: Shape, weight_bytes: int, *, autocast: bool = False) -> float:
     """Bytes kept per token and layer for the backward, counted in the code of Llama's layer.
 
     Each of two norms keeps its input and its normalised form, which the bf16 model keeps once in fp32 and once in bf16, and its
-    output is the input of the matrices; attention keeps queries, keys, values, its output twice (per segment and as one row)
-    and a log-sum-exp per head; a gated MLP keeps four inner widths, another one two. On a CPU keys and values are repeated for
-    the heads that share them. Under autocast every matrix keeps its own bf16 copy of its input.
+    output is the input of the matrices; attention keeps queries, keys, values, its output and a log-sum-exp per head; a gated
+    MLP keeps four inner widths, another one two. Under autocast every matrix keeps its own bf16 copy of its input.
     """
     d, a, inner = shape.hidden, shape.attention, (4 if shape.gated else 2) * shape.inner
     b = 2 if autocast else weight_bytes
     norms = 26 * d if autocast else (24 if weight_bytes == 4 else 16) * d
-    keys = a if repeats_keys else shape.keys
-    return norms + b * (3 * a + 2 * keys + inner) + 4 * shape.heads + 8
+    return norms + b * (2 * a + 2 * shape.keys + inner) + 4 * shape.heads + 8
 
 
-def activations(
-    shape: Shape,
-    tokens: float,
-    weight_bytes: int,
-    *,
-    checkpointing: bool = False,
-    autocast: bool = False,
-    repeats_keys: bool = False,
-    paths: Tokens = Tokens(),
-) -> float:
+def activations(shape: Shape, tokens: float, weight_bytes: int, *, checkpointing: bool = False, autocast: bool = False) -> float:
     """Bytes that one packed row of N tokens holds at the start of its backward, and what the backward of one layer adds.
 
     With gradient checkpointing (Chen et al. 2016, arXiv 1604.06174, section 4.1) each layer keeps its input alone, and one layer
-    at a time is computed again. There is no term in N squared and none in the longest conversation. On a CPU each child of a tree
-    keeps a copy of the keys and values of its prompt and itself, and a mask over them: `paths` counts these tokens and pairs.
+    at a time is computed again. There is no term in N squared and none in the longest conversation.
     """
-    wide, narrow = FP32 if autocast else weight_bytes, 2 if autocast else weight_bytes
-    layer = layer_activations(shape, weight_bytes, autocast=autocast, repeats_keys=repeats_keys)
-    copies = (1 if checkpointing else shape.layers) * narrow * (2 * shape.attention * paths.count + paths.pairs)
+    wide = FP32 if autocast else weight_bytes
+    layer = layer_activations(shape, weight_bytes, autocast=autocast)
     kept = shape.layers * wide * shape.hidden + layer if checkpointing else shape.layers * layer
     ends = 8 * shape.hidden + wide * shape.hidden  # the last norm's input and normalised form, the head's input
     backward = wide * (3 * shape.inner + 2 * shape.hidden)
-    return tokens * (kept + ends + backward) + copies
+    return tokens * (kept + ends + backward)
 
 
 def head_memory(shape: Shape, tokens: float, weight_bytes: int, chunk_bytes: float, kept_bytes: float, *, is_trained: bool = True) -> float:

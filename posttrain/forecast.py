@@ -252,14 +252,8 @@ def row_memory(role: Role, model: Model, tokens: int, place: Place) -> dict[str,
     from posttrain.models.logprobs import CHUNK_BYTES, KEPT_BYTES
 
     autocast = model.weight_bytes == 2 and (place.sharding.level == 0 or role.model.adapter.rank > 0)
-    row = costs.activations(
-        model.shape,
-        tokens,
-        model.weight_bytes,
-        checkpointing=role.model.gradient_checkpointing,
-        autocast=autocast,
-        repeats_keys=place.device == "cpu",
-    )
+    checkpointing = role.model.gradient_checkpointing
+    row = costs.activations(model.shape, tokens, model.weight_bytes, checkpointing=checkpointing, autocast=autocast)
     whole = not role.model.adapter.rank
     logits = CHUNK_BYTES[place.device], KEPT_BYTES[place.device]
     head = 0.0 if role.is_scalar else costs.head_memory(model.shape, tokens, model.weight_bytes, *logits, is_trained=whole)

@@ -115,8 +115,7 @@ def test_activations_are_what_autograd_saves(family, dtype, autocast, checkpoint
     """Of one layer more; hooks see every tensor that the graph keeps, weights and their bf16 copies apart."""
     length = 100
     few, many = (saved_bytes(family, layers, length, dtype, autocast, checkpointing, children) for layers in (2, 3))
-    paths = Tokens(count=children * 2 * length, pairs=children * 2 * length * length)
-    kwargs = dict(autocast=autocast, repeats_keys=True, checkpointing=checkpointing, paths=paths)
+    kwargs = dict(autocast=autocast, checkpointing=checkpointing)
     tokens = length * (1 + children)
     said = [costs.activations(shape(family=family, layers=n), tokens, dtype.itemsize, **kwargs) for n in (2, 3)]
     assert many - few == pytest.approx(said[1] - said[0], rel=1e-3)

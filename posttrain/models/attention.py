@@ -148,6 +148,7 @@ class TreeStructure:
         self.parts = parts_of(forest)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, norms leave queries and keys in fp32
         width = value.shape[-1]
         value = pad(value, (0, query.shape[-1] - width)) if width != query.shape[-1] else value  # the kernel knows one width
         return _Flash.apply(query, key, value, self.parts, scaling)[..., :width]

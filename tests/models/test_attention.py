@@ -113,6 +113,18 @@ def test_values_may_be_narrower_than_keys() -> None:
     torch.testing.assert_close(found, DenseStructure(packed).attend(0, query, key, narrow, 0.25), rtol=1e-5, atol=1e-5)
 
 
+def test_queries_and_keys_in_fp32_meet_values_in_bf16_as_under_autocast() -> None:
+    packed = row((6, 4, 3))
+    query, key, value = tensors(packed.num_tokens)
+    found = TreeStructure(packed).attend(0, query, key, value.bfloat16(), 0.25)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = DenseStructure(packed).attend(0, query, key, value.bfloat16(), 0.25)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    found.float().sum().backward()
+    assert query.grad is not None and query.grad.dtype == torch.float32
+
+
 def test_the_graph_keeps_no_copy_of_keys_or_values() -> None:
     kept: dict[int, int] = {}
 
