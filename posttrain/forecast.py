@@ -199,7 +199,7 @@ def memory(work: Work, models: Mapping[str, Model], place: Place) -> Held:
     """What one process holds at most. Models are updated one after the other, and nobody samples meanwhile."""
     parts = {role.name: role_memory(role, models[role.name], place.sharding) for role in work.roles}
     host = sum(part.pop("host", 0.0) for part in parts.values())
-    staying = {name: sum(costs.between_updates(part, level_of(work, name, models, place)).values()) for name, part in parts.items()}
+    staying = {role.name: staying_memory(parts[role.name], role, models[role.name], place.sharding) for role in work.roles}
     peaks = []
     for role in work.roles:
         model = models[role.name]
@@ -215,10 +215,11 @@ def memory(work: Work, models: Mapping[str, Model], place: Place) -> Held:
     return Held(updating={name: part for name, part in updating.items() if part}, sampling=sampling, host=host + copied)
 
 
-def level_of(work: Work, name: str, models: Mapping[str, Model], place: Place) -> int:
-    """The ZeRO level that a model's trained part really has; adapters are always whole."""
-    role = next(role for role in work.roles if role.name == name)
-    return 0 if role.model.adapter.rank else costs.effective_level(place.sharding.level, models[name].weight_bytes)
+def own_setting(role: Role, model: Model, sharding: Sharding) -> tuple[int, int, Sharding]:
+    """(parameters, bytes of a weight, sharding) of what is trained in a model; adapters are never sharded."""
+    if role.model.adapter.rank:
+        return costs.adapter_parameters(model.shape, role.model.adapter.rank), 4, replace(sharding, level=0)
+    return model.parameters, model.weight_bytes, sharding
 
 
 def role_memory(role: Role, model: Model, sharding: Sharding) -> dict[str, float]:
@@ -230,10 +231,15 @@ def role_memory(role: Role, model: Model, sharding: Sharding) -> dict[str, float
         return costs.trained_memory(p, b, sharding, ema=role.ema, terms=role.terms, largest=model.shape.table)
     linear = model.shape.trunk if adapter.quantize == "nf4" else 0
     base = costs.frozen_memory(p, (linear * costs.NF4 + (p - linear) * b) / p, sharding)
-    own = costs.adapter_parameters(model.shape, adapter.rank)
-    whole = Sharding(ranks=sharding.ranks)  # adapters are never sharded
-    above = costs.trained_memory(own, 4, whole, ema=role.ema, terms=role.terms) if role.is_trained else {"weights": 4.0 * own}
+    own, width, whole = own_setting(role, model, sharding)
+    above = costs.trained_memory(own, width, whole, ema=role.ema, terms=role.terms) if role.is_trained else {"weights": float(width * own)}
     return above if role.shares_base else {name: above.get(name, 0.0) + base.get(name, 0.0) for name in {**above, **base}}
+
+
+def staying_memory(parts: Mapping[str, float], role: Role, model: Model, sharding: Sharding) -> float:
+    """What of these parts is still held between updates."""
+    _, width, own = own_setting(role, model, sharding)
+    return sum(costs.between_updates(parts, costs.effective_level(own.level, width)).values())
 
 
 def micro_batches(work: Work, ranks: int) -> int:
@@ -269,13 +275,6 @@ def sampling_memory(work: Work, models: Mapping[str, Model], place: Place) -> fl
     longest = work.sampled.longest_prompt + sampling.max_new_tokens
     side_by_side = min(sampling.max_cached_tokens // longest, -(-work.sampled.responses // place.sharding.ranks))
     return costs.sampling_memory(first.shape, first.parameters, side_by_side * longest, first.weight_bytes, place.sharding)
-
-
-def own_setting(role: Role, model: Model, sharding: Sharding) -> tuple[int, int, Sharding]:
-    """(parameters, bytes of a weight, sharding) of what is trained in a model."""
-    if role.model.adapter.rank:
-        return costs.adapter_parameters(model.shape, role.model.adapter.rank), 4, replace(sharding, level=0)
-    return model.parameters, model.weight_bytes, sharding
 
 
 def checkpoint_copies(work: Work, models: Mapping[str, Model], place: Place) -> float:
