@@ -22,7 +22,8 @@ demo: setup
 	OMP_NUM_THREADS=2 $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/instructgpt.py tiny
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/test_speed.py
+	$(BIN)/python -m pytest tests/test_speed.py
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
