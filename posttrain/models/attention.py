@@ -149,9 +149,9 @@ class TreeStructure:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, norms leave queries and keys in fp32
-        width = value.shape[-1]
-        value = pad(value, (0, query.shape[-1] - width)) if width != query.shape[-1] else value  # the kernel knows one width
-        return _Flash.apply(query, key, value, self.parts, scaling)[..., :width]
+        if missing := query.shape[-1] - value.shape[-1]:  # the kernel knows one width
+            return self.attend(layer, query, key, pad(value, (0, missing)), scaling)[..., :-missing]
+        return _Flash.apply(query, key, value, self.parts, scaling)
 
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
