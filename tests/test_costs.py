@@ -81,7 +81,7 @@ def test_an_update_holds_what_the_formula_says(backend, dtype):
     gone = {"copies in bf16", "weights made whole", *({"reduce bucket"} if effective(backend, dtype) in (0, 2) else ())}
     held = sum(size for name, size in expected.items() if name not in gone)
     kept = sum(costs.between_updates(expected, effective(backend, dtype)).values())
-    waiting = 4 * shape(hidden=128).table  # a gradient as large as the embeddings may wait for the next backward
+    waiting = 4 * shape(hidden=128).table  # ZeRO-2 holds the whole of a gradient that its part is cut from
     for found in counted(backend, dtype=dtype, ema=0.5):
         assert 0.999 * held <= found["held"] <= 1.01 * held + waiting
         assert 0.999 * kept <= found["after"] <= 1.01 * kept + waiting

@@ -57,7 +57,7 @@ def test_activations_are_the_texts_own_formula():
 
 
 def test_measured_ranks_hold_what_the_formula_says():
-    """Within the size of the embeddings' gradient, which may wait for the next backward."""
+    """Within the size of the embeddings' gradient, the whole of which ZeRO-2 holds where its part is cut from it."""
     points = json.loads(scaling_plan.MEASURED.read_text())["zero"]
     assert {point["zero"] for point in points} == {0, 1, 2, 3}
     for level, _, held, formula, ratio, _ in rows("measured"):
