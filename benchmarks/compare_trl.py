@@ -28,7 +28,7 @@ GROUP = 8
 
 def jobs(data: Path, work: Path, rows: int, quick: bool) -> dict[str, dict[str, Any]]:
     """What is compared: for each stage its rows, and how many of them make a step."""
-    few = 2 if quick else max(2, rows // 4)
+    few = 2 if quick else max(1, rows // 4)
     made = {
         "sft": (shapes.demonstrations(data, rows), {"count": rows}),
         "dpo": (shapes.comparisons(data, few, 2), {"count": few}),

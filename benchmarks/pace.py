@@ -6,6 +6,7 @@ process that compares says when; what a step took is told back through a pipe.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import multiprocessing
 import os
@@ -49,6 +50,7 @@ class Pace:
             held = {"peak": peak, "imports": self.imports, "parameters": self.parameters}
             self.pipe.send({"seconds": seconds, "loss": loss, "tokens": tokens, "phases": dict(phases or {}), **held})
         self.counter = None
+        ctypes.CDLL(None).malloc_trim(0)  # glibc would keep what this side doesn't need while the others work
         match self.pipe.recv():
             case "end":
                 raise Done
