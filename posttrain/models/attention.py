@@ -67,7 +67,8 @@ def forest_attention(
             raise ValueError(f"{name} asks attention for {keyword}={given!r}, which packed rows don't support")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: Any = module.layer_idx
-    return structure.attend(layer, query, key, value, scaling), None
+    # under autocast, norms of queries and keys leave them in fp32
+    return structure.attend(layer, query.to(value.dtype), key.to(value.dtype), value, scaling), None
 
 
 AttentionInterface.register(NAME, forest_attention)
@@ -148,7 +149,6 @@ class TreeStructure:
         self.parts = parts_of(forest)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, norms leave queries and keys in fp32
         if missing := query.shape[-1] - value.shape[-1]:  # the kernel knows one width
             return self.attend(layer, query, key, pad(value, (0, missing)), scaling)[..., :-missing]
         return _Flash.apply(query, key, value, self.parts, scaling)

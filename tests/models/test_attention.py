@@ -67,10 +67,11 @@ def test_segments_may_be_nested_deeper_than_a_prompt_and_its_responses() -> None
     position = torch.cat((flat.position_ids[:7], torch.arange(7, 12)))
     predecessor = torch.cat((flat.predecessor[:7], torch.arange(6, 11)))
     nested = replace(flat, parents=[-1, 0, 1], position_ids=position, predecessor=predecessor)
-    query, key, value = tensors(12)
-    expected = slow_attention(nested, query, key, value, 0.25)
-    for kind in (TreeStructure, DenseStructure):
-        torch.testing.assert_close(kind(nested).attend(0, query, key, value, 0.25), expected, rtol=1e-5, atol=1e-5)
+    for packed in (nested, nested_row()):
+        query, key, value = tensors(packed.num_tokens)
+        expected = slow_attention(packed, query, key, value, 0.25)
+        for kind in (TreeStructure, DenseStructure):
+            torch.testing.assert_close(kind(packed).attend(0, query, key, value, 0.25), expected, rtol=1e-5, atol=1e-5)
     assert longest_path(nested.lengths, nested.parents) == 12
 
 
@@ -113,16 +114,19 @@ def test_values_may_be_narrower_than_keys() -> None:
     torch.testing.assert_close(found, DenseStructure(packed).attend(0, query, key, narrow, 0.25), rtol=1e-5, atol=1e-5)
 
 
-def test_queries_and_keys_in_fp32_meet_values_in_bf16_as_under_autocast() -> None:
+@pytest.mark.parametrize("kind", [TreeStructure, DenseStructure, FlexStructure])
+def test_queries_and_keys_in_fp32_meet_values_in_bf16_as_under_autocast(kind) -> None:
     packed = row((6, 4, 3))
     query, key, value = tensors(packed.num_tokens)
-    found = TreeStructure(packed).attend(0, query, key, value.bfloat16(), 0.25)
+    with torch.set_grad_enabled(kind is not FlexStructure):  # FlexAttention has no backward on a CPU
+        found, _ = forest_attention(Layer(), query, key, value.bfloat16(), attention_mask=None, structure=kind(packed))
     with torch.autocast("cpu", torch.bfloat16):
         expected = DenseStructure(packed).attend(0, query, key, value.bfloat16(), 0.25)
     assert found.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
-    found.float().sum().backward()
-    assert query.grad is not None and query.grad.dtype == torch.float32
+    if found.requires_grad:
+        found.float().sum().backward()
+        assert query.grad is not None and query.grad.dtype == torch.float32
 
 
 def test_the_graph_keeps_no_copy_of_keys_or_values() -> None:
